@@ -1,0 +1,257 @@
+"""Every setting of a model and of a training run: frozen dataclasses, checked when made, readable as json.
+
+The names are the field's: `vocab, context, width, layers, heads, kv_heads, hidden`. A setting that may differ from
+layer to layer takes a tuple, repeated over the layers: `window=(0, 256)` alternates full and local attention.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from typing import Any, Literal, Self, get_args
+
+Norm = Literal["rmsnorm", "layernorm"]
+Block = Literal["pre", "post", "parallel"]
+MLP = Literal["swiglu", "geglu", "reglu", "gelu", "gelu_tanh", "relu2"]
+Position = Literal["rope", "learned", "none"]
+Kind = Literal["decoder", "encoder"]
+Head = Literal["tied", "untied", "mlm"]
+Objective = Literal["next_token", "mlm"]
+Optimizer = Literal["adamw", "muon"]
+Schedule = Literal["cosine", "wsd", "linear", "constant"]
+Dtype = Literal["float32", "bfloat16"]
+
+GATED = ("swiglu", "geglu", "reglu")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names it, its value and the remedy."""
+
+
+def suggest(wrong: str, known: typing.Iterable[str]) -> str:
+    """`'; did you mean X?'` when a known name is close to `wrong`, else the list of them all."""
+    known = list(known)
+    close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+class Config:
+    """What the config dataclasses share: checked types, and two-way json."""
+
+    def __post_init__(self) -> None:
+        for field, allowed in field_types(type(self)).items():
+            value = getattr(self, field)
+            if typing.get_origin(allowed) is Literal:
+                self._require(value in get_args(allowed), field, f"must be one of {', '.join(map(str, get_args(allowed)))}")
+            elif allowed is int:
+                self._require(type(value) is int, field, "must be a whole number")
+            elif allowed is float:
+                if type(value) is int:
+                    object.__setattr__(self, field, float(value))
+                self._require(isinstance(value, (int, float)) and math.isfinite(value), field, "must be a finite number")
+            elif allowed is bool:
+                self._require(type(value) is bool, field, "must be true or false")
+            elif allowed is str:
+                self._require(isinstance(value, str), field, "must be text")
+
+    def _require(self, ok: bool, field: str, what: str) -> None:
+        if not ok:
+            raise ConfigError(f"{type(self).__name__}.{field} = {getattr(self, field)!r}: {what}")
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some settings changed, checked again."""
+        return type(self).from_dict({**self.to_dict(), **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Self:
+        """Rebuild from `to_dict` or json (lists become tuples). Raises ConfigError for an unknown name."""
+        known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        for name in raw:
+            if name not in known:
+                raise ConfigError(f"{cls.__name__} has no setting {name!r}{suggest(name, sorted(known))}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+
+def field_types(cls: type) -> dict[str, Any]:
+    """Field name -> its type, with `X | None` and `X | tuple` left as unions (not checked by `Config`)."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if not isinstance(hints[f.name], types.UnionType)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(Config):
+    """One transformer, decoder or encoder.
+
+    Attributes:
+        kind: "decoder" (causal attention) or "encoder" (every position sees every other).
+        vocab: number of token ids; ids run from 0 to vocab - 1.
+        context: longest sequence, in tokens.
+        width: features per position in the residual stream (d_model).
+        layers: number of blocks.
+        heads: query heads per block; `width` need not be divisible by it when `head_width` is given.
+        kv_heads: key/value heads (grouped queries); 0 means as many as `heads`.
+        head_width: features per head; 0 means width / heads.
+        hidden: features inside the MLP; 0 means 4 width, or 8/3 width rounded up to 32 for a gated MLP.
+        norm: normalisation layer; `norm_eps` is added to the variance.
+        block: where norms and sums sit: "pre" (GPT-2, Llama), "post" (BERT), "parallel" (GPT-NeoX).
+        mlp: activation; "swiglu", "geglu", "reglu" are gated; "gelu_tanh" is GPT-2's approximation.
+        positions: "rope", "learned" or "none"; a tuple alternates "rope" and "none" over the layers.
+        theta: base of the rotary angles.
+        window: attention reaches this many tokens back, itself included; 0 is the whole context; a tuple alternates.
+        attention_scale: factor on the scores; 0 means 1 / sqrt(head_width); GPT-Neo uses 1.
+        qk_norm: RMSNorm of each query and key head before the rotation, learned scale.
+        softcap: logits become softcap * tanh(logits / softcap); 0 is off.
+        head: "tied" (the embedding, transposed), "untied", or "mlm" (BERT's: dense, gelu, norm, tied, bias).
+        bias: a bias in every linear layer; `qkv_bias` overrides it for query, key and value (None: the same).
+        embed_norm: a norm right after the embeddings (BERT).
+        token_types: number of segment embeddings (BERT's token_type_ids); 0 is none.
+        dropout: probability of dropping, on embeddings, attention patterns and block outputs; needs a key in the call.
+        init_std: standard deviation of every initial matrix; 0 means 1 / sqrt(inputs) (see `model.initialize`).
+    """
+
+    kind: Kind = "decoder"
+    vocab: int = 4096
+    context: int = 256
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 0
+    head_width: int = 0
+    hidden: int = 0
+    norm: Norm = "rmsnorm"
+    norm_eps: float = 1e-5
+    block: Block = "pre"
+    mlp: MLP = "swiglu"
+    positions: Position | tuple[Position, ...] = "rope"
+    theta: float = 10_000.0
+    window: int | tuple[int, ...] = 0
+    attention_scale: float = 0.0
+    qk_norm: bool = False
+    softcap: float = 0.0
+    head: Head = "tied"
+    bias: bool = False
+    qkv_bias: bool | None = None
+    embed_norm: bool = False
+    token_types: int = 0
+    dropout: float = 0.0
+    init_std: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for field in ("vocab", "context", "width", "layers", "heads"):
+            self._require(getattr(self, field) >= 1, field, "must be at least 1")
+        for field in ("kv_heads", "head_width", "hidden", "token_types", "softcap", "init_std", "attention_scale"):
+            self._require(getattr(self, field) >= 0, field, "must not be negative")
+        self._require(0 <= self.dropout < 1, "dropout", "must be at least 0 and below 1")
+        self._require(self.norm_eps > 0, "norm_eps", "must be above 0")
+        self._require(self.theta > 0, "theta", "must be above 0")
+        if not self.head_width:
+            self._require(self.width % self.heads == 0, "heads", f"must divide width = {self.width}, or set head_width")
+            object.__setattr__(self, "head_width", self.width // self.heads)
+        if not self.kv_heads:
+            object.__setattr__(self, "kv_heads", self.heads)
+        self._require(self.heads % self.kv_heads == 0, "kv_heads", f"must divide heads = {self.heads}")
+        if not self.hidden:
+            gated = self.mlp in GATED
+            object.__setattr__(self, "hidden", -(-8 * self.width // 3 // 32) * 32 if gated else 4 * self.width)
+        if self.qkv_bias is None:
+            object.__setattr__(self, "qkv_bias", self.bias)
+        self._require(type(self.qkv_bias) is bool, "qkv_bias", "must be true, false or null")
+        for name, pattern, good in (
+            ("positions", self._pattern("positions"), lambda p: p in get_args(Position)),
+            ("window", self._pattern("window"), lambda w: type(w) is int and w >= 0),
+        ):
+            self._require(len(pattern) > 0 and all(map(good, pattern)), name, "holds a value that is not allowed")
+        if "learned" in self._pattern("positions"):
+            self._require(set(self._pattern("positions")) == {"learned"}, "positions", "learned positions hold for all layers")
+        if "rope" in self._pattern("positions"):
+            self._require(self.head_width % 2 == 0, "head_width", "must be even for rotary positions")
+
+    def _pattern(self, field: str) -> tuple:
+        value = getattr(self, field)
+        return value if isinstance(value, tuple) else (value,)
+
+    def at(self, field: Literal["positions", "window"], layer: int) -> Any:
+        """The value of a per-layer setting at one layer: the pattern repeats."""
+        pattern = self._pattern(field)
+        return pattern[layer % len(pattern)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(Config):
+    """One training run. Exactly one of `steps`, `tokens`, `budget` says when it ends.
+
+    Attributes:
+        steps: optimiser steps.
+        tokens: training tokens (targets); turned into steps.
+        budget: seconds of wall clock, compilation included; the schedule then follows the clock.
+        batch: sequences per optimiser step; length: tokens per sequence (0 means the model's context).
+        accumulate: the batch is computed in this many parts, one after the other.
+        objective: "next_token", or "mlm" with `mask_rate` of the positions masked (80/10/10).
+        optimizer: "adamw", or "muon" (Muon for matrices inside the blocks, AdamW for the rest).
+        learning_rate: peak. schedule: its shape; final: last value as a share of the peak.
+        warmup: steps of linear rise from 0 (excluded) to the peak. decay: share of the run that "wsd" decays over.
+        beta1, beta2, eps: Adam's. weight_decay: decoupled, on matrices only, scaled by the learning rate.
+        clip: largest global gradient norm; 0 is off.
+        dtype: arithmetic of the forward and backward pass; weights and optimiser state stay float32.
+        seed: of the initial weights, the data order, the masks and dropout.
+        log_every: steps between two lines of run.jsonl. eval_every: steps between validations (0: at the end only).
+        eval_batches: batches per validation. save_every: seconds between checkpoints (0: at the end only).
+        keep: newest checkpoints that stay on disk.
+    """
+
+    steps: int = 0
+    tokens: int = 0
+    budget: float = 0.0
+    batch: int = 32
+    length: int = 0
+    accumulate: int = 1
+    objective: Objective = "next_token"
+    mask_rate: float = 0.15
+    optimizer: Optimizer = "adamw"
+    learning_rate: float = 3e-3
+    schedule: Schedule = "cosine"
+    final: float = 0.1
+    warmup: int = 50
+    decay: float = 0.2
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip: float = 1.0
+    dtype: Dtype = "float32"
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 0
+    eval_batches: int = 8
+    save_every: float = 60.0
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        ends = [name for name in ("steps", "tokens", "budget") if getattr(self, name)]
+        if len(ends) != 1:
+            got = ", ".join(f"{n}={getattr(self, n)}" for n in ends) or "none"
+            raise ConfigError(f"TrainConfig: give exactly one of steps, tokens, budget (got {got})")
+        for field in ("steps", "tokens", "budget", "length", "warmup", "weight_decay", "clip", "eval_every", "save_every", "seed"):
+            self._require(getattr(self, field) >= 0, field, "must not be negative")
+        for field in ("batch", "accumulate", "log_every", "eval_batches", "keep"):
+            self._require(getattr(self, field) >= 1, field, "must be at least 1")
+        self._require(self.batch % self.accumulate == 0, "accumulate", f"must divide batch = {self.batch}")
+        self._require(self.learning_rate > 0, "learning_rate", "must be above 0")
+        self._require(self.eps > 0, "eps", "must be above 0")
+        self._require(0 < self.mask_rate < 1, "mask_rate", "must be between 0 and 1")
+        for field in ("beta1", "beta2"):
+            self._require(0 <= getattr(self, field) < 1, field, "must be at least 0 and below 1")
+        for field in ("final", "decay"):
+            self._require(0 <= getattr(self, field) <= 1, field, "must be between 0 and 1")
