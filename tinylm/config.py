@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import types
@@ -46,13 +47,17 @@ class Config:
         for field, allowed in field_types(type(self)).items():
             value = getattr(self, field)
             if typing.get_origin(allowed) is Literal:
-                self._require(value in get_args(allowed), field, f"must be one of {', '.join(map(str, get_args(allowed)))}")
+                self._require(
+                    value in get_args(allowed), field, f"must be one of {', '.join(map(str, get_args(allowed)))}"
+                )
             elif allowed is int:
                 self._require(type(value) is int, field, "must be a whole number")
             elif allowed is float:
                 if type(value) is int:
                     object.__setattr__(self, field, float(value))
-                self._require(isinstance(value, (int, float)) and math.isfinite(value), field, "must be a finite number")
+                self._require(
+                    isinstance(value, (int, float)) and math.isfinite(value), field, "must be a finite number"
+                )
             elif allowed is bool:
                 self._require(type(value) is bool, field, "must be true or false")
             elif allowed is str:
@@ -82,6 +87,7 @@ class Config:
         return json.dumps(self.to_dict(), indent=2)
 
 
+@functools.cache
 def field_types(cls: type) -> dict[str, Any]:
     """Field name -> its type, with `X | None` and `X | tuple` left as unions (not checked by `Config`)."""
     hints = typing.get_type_hints(cls)
@@ -173,7 +179,9 @@ class ModelConfig(Config):
         ):
             self._require(len(pattern) > 0 and all(map(good, pattern)), name, "holds a value that is not allowed")
         if "learned" in self._pattern("positions"):
-            self._require(set(self._pattern("positions")) == {"learned"}, "positions", "learned positions hold for all layers")
+            self._require(
+                set(self._pattern("positions")) == {"learned"}, "positions", "learned positions hold for all layers"
+            )
         if "rope" in self._pattern("positions"):
             self._require(self.head_width % 2 == 0, "head_width", "must be even for rotary positions")
 
@@ -243,7 +251,18 @@ class TrainConfig(Config):
         if len(ends) != 1:
             got = ", ".join(f"{n}={getattr(self, n)}" for n in ends) or "none"
             raise ConfigError(f"TrainConfig: give exactly one of steps, tokens, budget (got {got})")
-        for field in ("steps", "tokens", "budget", "length", "warmup", "weight_decay", "clip", "eval_every", "save_every", "seed"):
+        for field in (
+            "steps",
+            "tokens",
+            "budget",
+            "length",
+            "warmup",
+            "weight_decay",
+            "clip",
+            "eval_every",
+            "save_every",
+            "seed",
+        ):
             self._require(getattr(self, field) >= 0, field, "must not be negative")
         for field in ("batch", "accumulate", "log_every", "eval_batches", "keep"):
             self._require(getattr(self, field) >= 1, field, "must be at least 1")

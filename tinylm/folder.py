@@ -1,0 +1,139 @@
+"""What a folder of ours says about itself: its config.json, its tokenizer.json, and who is writing there.
+
+POSIX only: the lock is `flock`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+import socket
+import weakref
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from tinylm.config import ConfigError
+from tinylm.store import CheckpointDamaged, StateMismatch
+from tinylm.tokenizer import Tokenizer
+
+FORMAT = 1
+INVISIBLE = {".ipynb_checkpoints", ".DS_Store"}
+
+
+class RunLocked(RuntimeError):  # noqa: N818 a state of the world, as BlockingIOError is
+    """Somebody else writes this run; the message names the process, its host and since when."""
+
+
+class Lock:
+    """The one writer's lock on a folder; `release` frees it, as do garbage collection and the end of the process.
+
+    The kernel frees the flock of a dead process, so a lock never outlives its holder; the json in the file only says
+    who holds it. Raises RunLocked, or OSError where the file system cannot lock.
+    """
+
+    def __init__(self, folder: Path):
+        path = folder / "lock"
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = parsed(os.pread(file, 4096, 0)) or {}
+            os.close(file)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise OSError(error.errno, f"cannot lock: {error.strerror}", str(path)) from error
+            pid = holder.get("pid", "unknown")
+            itself = ", this very process: close that Run first," if pid == os.getpid() else ""
+            raise RunLocked(
+                f"{folder} is being written by process {pid}{itself} on host {holder.get('host', 'unknown')} "
+                f"since {holder.get('start', 'unknown')}"
+            ) from None
+        self.release = weakref.finalize(self, _unlock, file, os.getpid())
+        start = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        os.ftruncate(file, 0)
+        os.pwrite(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "start": start}).encode(), 0)
+
+
+def _unlock(file: int, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child has a copy of the descriptor; unlocking there would unlock its parent
+        fcntl.flock(file, fcntl.LOCK_UN)
+    os.close(file)
+
+
+def versions() -> dict[str, str]:
+    """What the bits of a run depend on besides its settings: packages, Python, machine."""
+    found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
+    for name in ("tinylm", "jax", "jaxlib", "flax", "numpy"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json. Raises FileNotFoundError, CheckpointDamaged (no json object), StateMismatch (newer)."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{folder} has no config.json; {contents(folder)}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointDamaged(f"{path} is damaged: {error}") from error
+    if type(config) is not dict:
+        raise CheckpointDamaged(f"{path} is damaged: it holds no json object")
+    if type(config.get("format")) is int and config["format"] > FORMAT:
+        raise StateMismatch(f"{path} has format {config['format']}, this tinylm reads up to {FORMAT}: update tinylm")
+    return config
+
+
+def is_run(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is a run's (and not that of a saved model, or of somebody else)."""
+    return all(type(config.get(key)) is dict for key in ("model", "train", "data"))
+
+
+def read_tokenizer(folder: Path, sha256: str | None) -> Tokenizer | None:
+    """The folder's tokenizer, which must be the one `config.json` names; None when it names none."""
+    if sha256 is None:
+        return None
+    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    if tokenizer.sha256 != sha256:
+        raise StateMismatch(
+            f"{folder / 'tokenizer.json'} is another tokenizer: sha256 {tokenizer.sha256}, not {sha256}"
+        )
+    return tokenizer
+
+
+def contents(folder: Path) -> str:
+    """`"it holds a, b, c"`, for messages."""
+    if not folder.exists():
+        return "there is no such folder"
+    names = sorted(set(os.listdir(folder)) - INVISIBLE)
+    return f"it holds {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}" if names else "it is empty"
+
+
+def pretty(config: Mapping[str, Any]) -> bytes:
+    """The text of a config.json."""
+    return (json.dumps(config, indent=2) + "\n").encode()
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Say which file held a setting that cannot be used."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """The json object in `line`, or None."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return record if type(record) is dict else None

@@ -1,0 +1,477 @@
+"""One transformer, decoder and encoder: all forward maths, the cache, and every tap site.
+
+Read it top to bottom: small parts, attention, MLP, blocks, the whole. The configuration picks parts from tables when
+the model is built; no forward pass branches on it. Letters in shapes: B batch, T positions, S positions held in the
+cache, D width, H query heads, K key/value heads, E head width, F hidden width, V vocabulary.
+
+Tap sites are dotted attribute paths. A module's own path names its output; the rest are values inside it:
+
+    embed                               (B T D)      token embedding plus learned positions
+    blocks.0.attn_norm                  (B T D)      what attention reads (pre-norm and parallel blocks)
+    blocks.0.attn.q .k .v               (B T H|K E)  projections, before QK-norm and rotation
+    blocks.0.attn.scores .pattern       (B H T S)    before and after the softmax; asking gives up fused attention
+    blocks.0.attn.heads                 (B T H E)    weighted values per head, before the output matrix
+    blocks.0.attn                       (B T D)      attention's contribution to the residual stream
+    blocks.0.resid_mid                  (B T D)      stream between attention and MLP (not in parallel blocks)
+    blocks.0.mlp_norm                   (B T D)      what the MLP reads
+    blocks.0.mlp.hidden                 (B T F)      neuron activations
+    blocks.0.mlp                        (B T D)      the MLP's contribution
+    blocks.0.resid                      (B T D)      stream after the block
+    norm                                (B T D)      after the last norm
+    logits                              (B T V)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from tinylm.config import ModelConfig
+from tinylm.taps import Tap, untouched, wants, within
+from tinylm.tokenizer import Tokenizer
+from tinylm.weights import bind, initialize, named, pure
+
+# --- small parts ------------------------------------------------------------------------------------------------------
+
+
+class Linear(nnx.Module):
+    """`x @ weight() + bias`. Every weight matrix of the kit goes through here; `kernel` is (inputs, outputs)."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = False):
+        self.kernel = nnx.Param(jnp.zeros((inputs, outputs)))
+        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
+
+    def weight(self) -> Float[Array, "inputs outputs"]:
+        """The effective dense matrix, in float32."""
+        return self.kernel[...]
+
+    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+        y = x @ self.weight().astype(x.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """Rows of a table picked by id; `weight()` is (ids, width)."""
+
+    def __init__(self, ids: int, width: int):
+        self.table = nnx.Param(jnp.zeros((ids, width)))
+
+    def weight(self) -> Float[Array, "ids width"]:
+        return self.table[...]
+
+    def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
+        return self.weight()[ids]
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale over the last axis, in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(width))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        z = x.astype(jnp.float32)
+        z = z * jax.lax.rsqrt(jnp.mean(z * z, axis=-1, keepdims=True) + self.eps)
+        return (z * self.scale[...]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / std * scale + bias over the last axis, in float32 (Ba et al. 2016)."""
+
+    def __init__(self, width: int, eps: float):
+        self.scale = nnx.Param(jnp.ones(width))
+        self.bias = nnx.Param(jnp.zeros(width))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        z = x.astype(jnp.float32)
+        z = z - jnp.mean(z, axis=-1, keepdims=True)
+        z = z * jax.lax.rsqrt(jnp.mean(z * z, axis=-1, keepdims=True) + self.eps)
+        return (z * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
+
+
+def dropout(x: Array, rate: float, key: PRNGKeyArray | None, salt: int) -> Array:
+    """Zero a share `rate` of x and scale up the rest; the identity without a key. `salt` tells the places apart."""
+    if key is None or rate == 0:
+        return x
+    kept = jax.random.bernoulli(jax.random.fold_in(key, salt), 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
+def rotate(x: Float[Array, "B T H E"], positions: Int[Array, "b T"], theta: float) -> Float[Array, "B T H E"]:
+    """Rotary positions (Su et al. 2021), half-split layout: feature i is paired with i + E/2, as in Hugging Face."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle = positions[:, :, None, None].astype(jnp.float32) * frequency
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+class Cache(NamedTuple):
+    """Keys and values of what was read so far: one array per layer, and how many positions each row holds."""
+
+    keys: tuple[Float[Array, "B S K E"], ...]
+    values: tuple[Float[Array, "B S K E"], ...]
+    length: Int[Array, " B"]
+
+    @classmethod
+    def empty(cls, config: ModelConfig, batch: int, capacity: int = 0, dtype: Any = jnp.float32) -> Cache:
+        """Room for `capacity` positions (0: the whole context) of `batch` rows."""
+        shape = (batch, capacity or config.context, config.kv_heads, config.head_width)
+        rooms = tuple(jnp.zeros(shape, dtype) for _ in range(config.layers))
+        return cls(rooms, rooms, jnp.zeros(batch, jnp.int32))
+
+
+class Scope(NamedTuple):
+    """Where the T positions of a call stand: what attention needs to know besides their features."""
+
+    positions: Int[Array, "b T"]
+    """For rotary and learned positions; b is 1 or B."""
+    segments: Int[Array, "B T"] | None
+    """Positions see only their own segment (document, or padding)."""
+    start: Int[Array, " B"] | None
+    """Index of the first of the T positions in the cache; None without a cache."""
+
+
+def visible(scope: Scope, queries: int, keys: int, causal: bool, window: int) -> Array | None:
+    """Which keys each query may see, (b, 1, T, S) boolean; None when it is all of them."""
+    q = jnp.arange(queries)[None, :, None]
+    if scope.start is not None:
+        q = q + scope.start[:, None, None]
+    k = jnp.arange(keys)[None, None, :]
+    rules = []
+    if causal:
+        rules.append(k <= q)
+    if window:
+        rules.append(jnp.abs(q - k) < window)
+    if scope.segments is not None:
+        rules.append(scope.segments[:, :, None] == scope.segments[:, None, :])
+    return functools.reduce(jnp.logical_and, rules)[:, None] if rules else None
+
+
+def attend(q, k, v, mask, scale, tap: Tap, drop: Callable[[Array], Array]) -> Float[Array, "B T H E"]:
+    """Attention written out: scores, softmax in float32, weighted values. The slow twin of `attend_fused`."""
+    b, t, h, e = q.shape
+    q = q.reshape(b, t, k.shape[2], -1, e)  # query heads grouped by the key head they share
+    scores = jnp.einsum("btkge,bske->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    scores = tap("scores", scores.reshape(b, h, t, -1))
+    if mask is not None:
+        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
+    pattern = drop(tap("pattern", jax.nn.softmax(scores, axis=-1)))
+    pattern = pattern.reshape(b, k.shape[2], -1, t, k.shape[1]).astype(v.dtype)
+    return jnp.einsum("bkgts,bske->btkge", pattern, v).reshape(b, t, h, e)
+
+
+def attend_fused(q, k, v, mask, scale) -> Float[Array, "B T H E"]:
+    """The same by JAX's own fused attention."""
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention with grouped queries (Ainslie et al. 2023); full or sliding window; optional QK-norm."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        c = config
+        self.q = Linear(c.width, c.heads * c.head_width, bias=bool(c.qkv_bias))
+        self.k = Linear(c.width, c.kv_heads * c.head_width, bias=bool(c.qkv_bias))
+        self.v = Linear(c.width, c.kv_heads * c.head_width, bias=bool(c.qkv_bias))
+        self.o = Linear(c.heads * c.head_width, c.width, bias=c.bias)
+        self.q_norm = RMSNorm(c.head_width, c.norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_width, c.norm_eps) if c.qk_norm else None
+        self.place, self.theta = rotate if c.at("positions", layer) == "rope" else unplaced, c.theta
+        self.causal, self.window = c.kind == "decoder", c.at("window", layer)
+        self.scale = c.attention_scale or c.head_width**-0.5
+        self.head_width, self.dropout = c.head_width, c.dropout
+
+    def __call__(self, x: Float[Array, "B T D"], scope: Scope, past=None, tap: Tap = untouched, key=None):
+        """Returns the output (B T D) and the layer's keys and values, (B S K E) each."""
+        split = lambda y: y.reshape(*y.shape[:2], -1, self.head_width)  # noqa: E731
+        q, k, v = tap("q", split(self.q(x))), tap("k", split(self.k(x))), tap("v", split(self.v(x)))
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.place(q, scope.positions, self.theta), self.place(k, scope.positions, self.theta)
+        if past is not None:
+            k, v = write(past[0], k, scope.start), write(past[1], v, scope.start)
+        mask = visible(scope, q.shape[1], k.shape[1], self.causal, self.window)
+        dropping = key is not None and self.dropout > 0
+        if dropping or wants(tap, "pattern") or wants(tap, "scores"):
+            drop = functools.partial(dropout, rate=self.dropout, key=key, salt=0)
+            heads = attend(q, k, v, mask, self.scale, tap, drop)
+        else:
+            heads = attend_fused(q, k, v, mask, self.scale)
+        heads = tap("heads", heads)
+        return self.o(heads.reshape(*x.shape[:2], -1)), (k, v)
+
+
+def unplaced(x: Array, positions: Array, theta: float) -> Array:
+    """No positions inside attention ("learned" adds them to the embedding, "none" nowhere)."""
+    return x
+
+
+def write(room: Float[Array, "B S K E"], new: Float[Array, "B T K E"], start: Int[Array, " B"]) -> Array:
+    """Put `new` into each row of `room` from that row's own `start` on."""
+    put = lambda row, x, at: jax.lax.dynamic_update_slice(row, x.astype(row.dtype), (at, 0, 0))  # noqa: E731
+    return jax.vmap(put)(room, new, start)
+
+
+# --- MLP --------------------------------------------------------------------------------------------------------------
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "swiglu": jax.nn.silu,
+    "geglu": functools.partial(jax.nn.gelu, approximate=False),
+    "reglu": jax.nn.relu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+}
+
+
+class MLP(nnx.Module):
+    """down(activation(up(x)))."""
+
+    def __init__(self, config: ModelConfig):
+        self.up = Linear(config.width, config.hidden, bias=config.bias)
+        self.down = Linear(config.hidden, config.width, bias=config.bias)
+        self.activation = ACTIVATIONS[config.mlp]
+
+    def __call__(self, x: Float[Array, "B T D"], tap: Tap = untouched) -> Float[Array, "B T D"]:
+        return self.down(tap("hidden", self.activation(self.up(x))))
+
+
+class GatedMLP(nnx.Module):
+    """down(activation(gate(x)) * up(x)) (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig):
+        self.gate = Linear(config.width, config.hidden, bias=config.bias)
+        self.up = Linear(config.width, config.hidden, bias=config.bias)
+        self.down = Linear(config.hidden, config.width, bias=config.bias)
+        self.activation = ACTIVATIONS[config.mlp]
+
+    def __call__(self, x: Float[Array, "B T D"], tap: Tap = untouched) -> Float[Array, "B T D"]:
+        return self.down(tap("hidden", self.activation(self.gate(x)) * self.up(x)))
+
+
+MLPS = {"swiglu": GatedMLP, "geglu": GatedMLP, "reglu": GatedMLP, "gelu": MLP, "gelu_tanh": MLP, "relu2": MLP}
+
+# --- blocks -----------------------------------------------------------------------------------------------------------
+
+
+class PreBlock(nnx.Module):
+    """x + attn(norm(x)), then x + mlp(norm(x)): GPT-2, Llama."""
+
+    def __init__(self, config: ModelConfig, layer: int):
+        norm = functools.partial(NORMS[config.norm], config.width, config.norm_eps)
+        self.attn_norm, self.attn = norm(), Attention(config, layer)
+        self.mlp_norm, self.mlp = norm(), MLPS[config.mlp](config)
+        self.dropout = config.dropout
+
+    def __call__(self, x: Float[Array, "B T D"], scope: Scope, past=None, tap: Tap = untouched, key=None):
+        """Returns the residual stream after the block and attention's keys and values."""
+        y, past = self.attn(tap("attn_norm", self.attn_norm(x)), scope, past, within("attn", tap), key)
+        x = tap("resid_mid", x + tap("attn", dropout(y, self.dropout, key, 1)))
+        y = self.mlp(tap("mlp_norm", self.mlp_norm(x)), within("mlp", tap))
+        return tap("resid", x + tap("mlp", dropout(y, self.dropout, key, 2))), past
+
+
+class PostBlock(PreBlock):
+    """norm(x + attn(x)), then norm(x + mlp(x)): the original transformer and BERT."""
+
+    def __call__(self, x: Float[Array, "B T D"], scope: Scope, past=None, tap: Tap = untouched, key=None):
+        y, past = self.attn(x, scope, past, within("attn", tap), key)
+        x = tap("resid_mid", self.attn_norm(x + tap("attn", dropout(y, self.dropout, key, 1))))
+        y = self.mlp(tap("mlp_norm", x), within("mlp", tap))
+        return tap("resid", self.mlp_norm(x + tap("mlp", dropout(y, self.dropout, key, 2)))), past
+
+
+class ParallelBlock(PreBlock):
+    """x + attn(norm(x)) + mlp(norm'(x)): GPT-NeoX, Pythia."""
+
+    def __call__(self, x: Float[Array, "B T D"], scope: Scope, past=None, tap: Tap = untouched, key=None):
+        y, past = self.attn(tap("attn_norm", self.attn_norm(x)), scope, past, within("attn", tap), key)
+        z = self.mlp(tap("mlp_norm", self.mlp_norm(x)), within("mlp", tap))
+        y = tap("attn", dropout(y, self.dropout, key, 1))
+        return tap("resid", x + y + tap("mlp", dropout(z, self.dropout, key, 2))), past
+
+
+BLOCKS = {"pre": PreBlock, "post": PostBlock, "parallel": ParallelBlock}
+
+# --- heads ------------------------------------------------------------------------------------------------------------
+
+
+class TiedHead(nnx.Module):
+    """Logits by the token embedding, transposed. The Param is used twice, never stored twice."""
+
+    def __init__(self, config: ModelConfig):
+        del config
+
+    def __call__(self, x: Float[Array, "*batch D"], embedding: Float[Array, "V D"]) -> Float[Array, "*batch V"]:
+        return x @ embedding.T.astype(x.dtype)
+
+
+class UntiedHead(nnx.Module):
+    """Logits by a matrix of their own."""
+
+    def __init__(self, config: ModelConfig):
+        self.out = Linear(config.width, config.vocab)
+
+    def __call__(self, x: Float[Array, "*batch D"], embedding: Float[Array, "V D"]) -> Float[Array, "*batch V"]:
+        return self.out(x)
+
+
+class MLMHead(nnx.Module):
+    """BERT's prediction head: dense, GELU, norm, the tied embedding, a bias per token (Devlin et al. 2018)."""
+
+    def __init__(self, config: ModelConfig):
+        self.dense = Linear(config.width, config.width, bias=True)
+        self.norm = NORMS[config.norm](config.width, config.norm_eps)
+        self.bias = nnx.Param(jnp.zeros(config.vocab))
+
+    def __call__(self, x: Float[Array, "*batch D"], embedding: Float[Array, "V D"]) -> Float[Array, "*batch V"]:
+        x = self.norm(jax.nn.gelu(self.dense(x), approximate=False))
+        return x @ embedding.T.astype(x.dtype) + self.bias[...].astype(x.dtype)
+
+
+HEADS = {"tied": TiedHead, "untied": UntiedHead, "mlm": MLMHead}
+
+# --- the whole --------------------------------------------------------------------------------------------------------
+
+
+# What the table look-ups leave on a module are named functions, never lambdas or partials made anew: two models of one
+# configuration must have equal graphs, or every one of them would be compiled again.
+
+
+def same(x: Array) -> Array:
+    """No norm."""
+    return x
+
+
+def capped(logits: Array, cap: float) -> Array:
+    """cap * tanh(logits / cap): keeps logits inside (-cap, cap) (Gemma 2)."""
+    return cap * jnp.tanh(logits / cap)
+
+
+def uncapped(logits: Array, cap: float) -> Array:
+    """Logits as they are."""
+    return logits
+
+
+class Transformer(nnx.Module):
+    """Token ids in, logits out.
+
+    Args:
+        config: sizes and parts.
+        rngs: of the initial weights; a whole number is a seed.
+        tokenizer: carried along, so that `generate(model, "Once")` and `save(model, folder)` need nothing else.
+
+    Raises:
+        ValueError: the tokenizer knows more ids than the model.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | int = 0, tokenizer: Tokenizer | None = None):
+        if tokenizer is not None and tokenizer.vocab > config.vocab:
+            raise ValueError(
+                f"tokenizer has {tokenizer.vocab} ids, the model only {config.vocab}; set vocab={tokenizer.vocab}"
+            )
+        c = self.config = config
+        self.tokenizer = tokenizer
+        norm = functools.partial(NORMS[c.norm], c.width, c.norm_eps)
+        self.embed = Embedding(c.vocab, c.width)
+        self.embed_positions = Embedding(c.context, c.width) if c.at("positions", 0) == "learned" else None
+        self.embed_types = Embedding(c.token_types, c.width) if c.token_types else None
+        self.embed_norm = norm() if c.embed_norm else same
+        self.blocks = nnx.List([BLOCKS[c.block](c, layer) for layer in range(c.layers)])
+        self.norm = same if c.block == "post" else norm()  # a post-norm block ends in a norm of its own
+        self.head = HEADS[c.head](c)
+        self.cap = capped if c.softcap else uncapped
+        initialize(self, rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(rngs), c.init_std)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        segments: Int[Array, "B T"] | None = None,
+        types: Int[Array, "B T"] | None = None,
+        cache: Cache | None = None,
+        tap: Tap = untouched,
+        key: PRNGKeyArray | None = None,
+    ):
+        """Logits (B T V); with a cache, the pair of logits and the cache holding T positions more.
+
+        Args:
+            tokens: ids in [0, vocab); not checked here, where they may be traced (`check_tokens` does on the host).
+            positions: default 0 .. T-1, or on from what the cache holds.
+            segments: positions see only their own segment; not with a cache.
+            types: BERT's token types, default 0.
+            cache: `Cache.empty(...)`, or what an earlier call returned.
+            tap: sees every site of the module's docstring.
+            key: for dropout; None switches dropout off.
+        """
+        x, cache = self.trunk(
+            tokens, positions=positions, segments=segments, types=types, cache=cache, tap=tap, key=key
+        )
+        logits = self.unembed(x, tap)
+        return logits if cache is None else (logits, cache)
+
+    def trunk(self, tokens, *, positions=None, segments=None, types=None, cache=None, tap: Tap = untouched, key=None):
+        """Everything before the head: normed features (B T D), and the cache or None."""
+        t = tokens.shape[1]
+        if cache is None and t > self.config.context:
+            raise ValueError(f"{t} tokens do not fit a context of {self.config.context}")
+        if cache is not None and segments is not None:
+            raise ValueError("segments cannot be used with a cache: keys read earlier have no segment")
+        start = None if cache is None else cache.length
+        if positions is None:
+            positions = jnp.arange(t)[None] if start is None else start[:, None] + jnp.arange(t)[None]
+        scope = Scope(positions, segments, start)
+        x = self.embed(tokens)
+        if self.embed_positions is not None:
+            x = x + self.embed_positions(positions)
+        if self.embed_types is not None:
+            x = x + self.embed_types(jnp.zeros_like(tokens) if types is None else types)
+        x = tap("embed", dropout(self.embed_norm(x), self.config.dropout, key, 0))
+        pasts = [None] * len(self.blocks) if cache is None else list(zip(cache.keys, cache.values, strict=True))
+        for i, block in enumerate(self.blocks):
+            block_key = None if key is None else jax.random.fold_in(key, i + 1)
+            x, pasts[i] = block(x, scope, pasts[i], within(f"blocks.{i}", tap), block_key)
+        x = tap("norm", self.norm(x))
+        if cache is None:
+            return x, None
+        keys, values = zip(*pasts, strict=True)
+        return x, Cache(keys, values, cache.length + t)
+
+    def unembed(self, x: Float[Array, "*batch D"], tap: Tap = untouched) -> Float[Array, "*batch V"]:
+        """The head: normed features to logits."""
+        return tap("logits", self.cap(self.head(x, self.embed.weight()), self.config.softcap))
+
+
+def shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Name -> shape and dtype of every parameter, without computing any."""
+    return named(nnx.eval_shape(lambda: Transformer(config)))  # type: ignore[return-value]
+
+
+def sites(model: Transformer) -> dict[str, tuple[int, ...]]:
+    """Every tap site of this model with the shape it has for one row of two tokens; computes nothing."""
+    seen: dict[str, tuple[int, ...]] = {}
+
+    def tap(site: str, x: Array) -> Array:
+        seen[site] = x.shape
+        return x
+
+    graph, params = pure(model)
+    jax.eval_shape(lambda p: bind(graph, p)(jnp.zeros((1, 2), jnp.int32), tap=tap), params)
+    return seen

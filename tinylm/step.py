@@ -1,0 +1,86 @@
+"""One training step, compiled: the loss, its gradient, the update, and the guard that keeps non-finite values out.
+
+The slow twin is a few lines of optax written out plainly in the tests; both must agree.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tinylm import optim
+from tinylm.data import Batch
+from tinylm.model import Transformer
+from tinylm.weights import bind
+
+
+class State(NamedTuple):
+    """All that a step changes."""
+
+    params: dict[str, jax.Array]
+    opt: Any
+    step: jax.Array
+    """Steps that took effect, int32."""
+    halted: jax.Array
+    """Set by the first step that was not finite; no later step changes anything."""
+
+
+def cross_entropy(model: Transformer, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Summed cross-entropy in nats, and the summed weights of the predicted tokens."""
+    logits = model(batch.tokens, positions=batch.positions, segments=batch.segments, key=key)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch.targets)
+    if batch.weights is None:
+        return nats.sum(), jnp.float32(nats.size)
+    return (nats * batch.weights).sum(), batch.weights.sum()
+
+
+@functools.lru_cache(maxsize=32)  # so running a notebook's cells again compiles nothing
+def compiled_update(graph: Any, recipe: optim.Recipe, drops: bool) -> Callable:
+    """The training step `(state, batch, rate, seed) -> (state, figures)`; the old state's buffers are reused."""
+    rule = optim.build(recipe)
+    dtype = jnp.dtype(recipe.dtype)
+
+    def loss(params: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        compute = jax.tree.map(lambda p: p.astype(dtype), params)  # float32 masters, `dtype` arithmetic
+        return cross_entropy(bind(graph, compute), batch, key if drops else None)
+
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def in_parts(params: dict, batch: Batch, key: jax.Array):
+        """Sums over `accumulate` parts of the batch, one after the other, so only one part's activations exist."""
+        parts = jax.tree.map(lambda x: x.reshape(recipe.accumulate, -1, *x.shape[1:]), batch)
+        keys = jax.random.split(key, recipe.accumulate)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+
+        zero = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, params))
+        return jax.lax.scan(add, zero, (parts, keys))[0]
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state: State, batch: Batch, rate: jax.Array, seed: jax.Array):
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        (nats, weight), grads = (in_parts if recipe.accumulate > 1 else gradient)(state.params, batch, key)
+        # An MLM batch of very short texts may hide nothing: no weight is no gradient, not a division by zero.
+        weight = jnp.maximum(weight, 1e-9)
+        grads = jax.tree.map(lambda g: g / weight, grads)
+        norm = optax.global_norm(grads)
+        halted = state.halted | ~(jnp.isfinite(nats) & jnp.isfinite(norm))
+        change, opt = rule.update(optim.clipped(grads, norm, recipe.clip), state.opt, state.params)
+        new = State(jax.tree.map(lambda p, u: p - rate * u, state.params, change), opt, state.step + 1, halted)
+        old = state._replace(halted=halted)
+        new = jax.tree.map(lambda a, b: jnp.where(halted, a, b), old, new)
+        return new, {"loss": nats / weight, "grad_norm": norm, "halted": halted}
+
+    return update
+
+
+@functools.lru_cache(maxsize=32)
+def compiled_loss(graph: Any) -> Callable:
+    """`(params, batch) -> (summed nats, summed weights)`, without dropout."""
+    return jax.jit(lambda params, batch: cross_entropy(bind(graph, params), batch, None))

@@ -1,0 +1,332 @@
+"""The file every checkpoint is: a safetensors container that knows its own sha256 and appears whole or not at all.
+
+    8 bytes    length of the header, little-endian
+    header     {"__metadata__":{"sha256":"<64 digits>","tinylm":"<json>"},"name":{"dtype","shape","data_offsets"},...}
+    data       the tensors one after another, little-endian, widest element first, then by name
+
+The sha256 is over the whole file with its own 64 digits replaced by zeros, so any changed, missing or added byte is
+found; plain safetensors files load 994 of 1,000 flipped bits as if nothing had happened. The same tensors and metadata
+always give the same bytes (the safetensors library writes its metadata in random order).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import stat
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+FORMAT = 1
+DTYPES = {
+    "F64": np.dtype("<f8"),
+    "I64": np.dtype("<i8"),
+    "U64": np.dtype("<u8"),
+    "C64": np.dtype("<c8"),
+    "F32": np.dtype("<f4"),
+    "I32": np.dtype("<i4"),
+    "U32": np.dtype("<u4"),
+    "F16": np.dtype("<f2"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I16": np.dtype("<i2"),
+    "U16": np.dtype("<u2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "BOOL": np.dtype("?"),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+START = b'{"__metadata__":{"sha256":"'  # the slot follows, at a fixed place, so hashing needs no trust in the header
+SLOT = slice(8 + len(START), 8 + len(START) + 64)
+ZEROS = "0" * 64
+HEADER_LIMIT = 16 * 2**20
+PIECE = 4 * 2**20
+MEGABYTE = 1e6
+LEFTOVER = re.compile(r"\.tinylm-[0-9a-f]{16}\.(tmp|trash)")
+
+PathLike = str | os.PathLike
+
+
+class CheckpointDamaged(ValueError):  # noqa: N818 the public name says what happened
+    """A file that is not what was written: the message names the file and the reason. It is never loaded."""
+
+
+class StateMismatch(ValueError):  # noqa: N818
+    """A sound file that does not fit here: other names, shapes, types, settings, or a newer format."""
+
+
+def write_file(path: PathLike, tensors: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
+    """Write arrays (NumPy or JAX, any shape) and json-able metadata to `path`, durably: it survives a power cut.
+
+    Raises ValueError for what the format cannot say, before anything is written, and OSError (its subclass, with
+    `filename`, free and needed MB in the message) when the disk refuses; then `path` is what it was before.
+    """
+    arrays = {name: _storable(name, tensors[name]) for name in tensors}
+    order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))  # widest first: every tensor is aligned
+    inner = {"format": FORMAT, "metadata": dict(metadata or {})}
+    header: dict[str, Any] = {"__metadata__": {"sha256": ZEROS, "tinylm": _dumps(inner)}}
+    end = 0
+    for name in order:
+        array, begin = arrays[name], end
+        end += array.nbytes
+        header[name] = {"dtype": CODES[array.dtype], "shape": list(array.shape), "data_offsets": [begin, end]}
+    try:
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"a tensor name is not valid Unicode: {error}") from error
+    text += b" " * (-len(text) % 8)
+    if len(text) > HEADER_LIMIT:
+        raise ValueError(f"names and metadata take {len(text)} bytes, over the limit of {HEADER_LIMIT}: split the file")
+    head = struct.pack("<Q", len(text)) + text
+    digest = hashlib.sha256(head)
+    for name in order:
+        digest.update(_bytes(arrays[name]))
+    head = head[: SLOT.start] + digest.hexdigest().encode() + head[SLOT.stop :]
+    with replacing(path, len(head) + end) as file:
+        _write(file, memoryview(head))
+        for name in order:
+            _write(file, _bytes(arrays[name]))
+
+
+def read_file(path: PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The tensors (each its own writable array) and the metadata of a file made by `write_file`.
+
+    Raises FileNotFoundError, CheckpointDamaged for any byte that differs from what was written (also for a file that
+    `write_file` did not make), StateMismatch when a newer format wrote it.
+    """
+    return _read(path, keep=True)
+
+
+def verify_file(path: PathLike) -> dict[str, Any]:
+    """The metadata, after checking every byte as `read_file` does, in constant memory. Raises what that raises."""
+    return _read(path, keep=False)[1]
+
+
+def write_bytes(path: PathLike, data: bytes) -> None:
+    """Replace `path` by `data`, whole and durably or not at all. Raises OSError as `write_file` does."""
+    with replacing(path, len(data)) as file:
+        _write(file, memoryview(data))
+
+
+@contextlib.contextmanager
+def replacing(path: PathLike, size: int) -> Iterator[int]:
+    """A file descriptor whose `size` bytes become `path` when the block ends, on the disk, or never.
+
+    A temporary name in the same folder, fsync, rename, fsync of the folder; the temporary is removed on any failure.
+    """
+    path = Path(path)
+    temporary = leftover(path.parent, "tmp")
+    room, file = None, -1
+    try:
+        room = free_bytes(path.parent)
+        if room is not None and room < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        yield file
+        os.fsync(file)
+        closing, file = file, -1
+        os.close(closing)
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            if file >= 0:
+                os.close(file)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if not isinstance(error, OSError):
+            raise
+        free = "unknown" if room is None else f"{room / MEGABYTE:.1f}"
+        reason = f"{error.strerror or error}; not saved: {size / MEGABYTE:.1f} MB needed, {free} MB free"
+        raise OSError(error.errno or errno.EIO, reason, str(path)) from error  # OSError picks the subclass by number
+
+
+def sync_folder(folder: PathLike) -> None:
+    """Make renames inside `folder` survive a power cut."""
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # network and FUSE file systems that have no such call
+            raise
+    finally:
+        os.close(file)
+
+
+def free_bytes(folder: PathLike) -> int | None:
+    """Bytes an ordinary user may still write there; None where the file system does not say."""
+    room = os.statvfs(folder)
+    return room.f_bavail * room.f_frsize if room.f_blocks else None
+
+
+def leftover(folder: Path, kind: str) -> Path:
+    """A new name for a short-lived file: "tmp" (being written) or "trash" (being deleted); fits where any name fits."""
+    return folder / f".tinylm-{os.urandom(8).hex()}.{kind}"
+
+
+def clear_leftovers(folder: PathLike) -> list[str]:
+    """Remove temporary and trash files of earlier crashes, nothing else; only the writer of a folder may call it."""
+    with os.scandir(folder) as entries:
+        found = [e.name for e in entries if LEFTOVER.fullmatch(e.name) and e.is_file(follow_symlinks=False)]
+    for name in found:
+        os.unlink(Path(folder) / name)
+    return found
+
+
+def _storable(name: str, value: Any) -> np.ndarray:
+    array = np.asarray(value, order="C")  # not ascontiguousarray: that turns a scalar into a vector
+    dtype = array.dtype.newbyteorder("<")
+    if not isinstance(name, str) or name == "__metadata__":
+        raise ValueError(f"{name!r} cannot be a tensor's name")
+    if dtype not in CODES:
+        raise ValueError(f"tensor {name!r} has type {array.dtype}; a file can hold {', '.join(map(str, CODES))}")
+    return array.astype(dtype, copy=False)
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, default=_listed)
+
+
+def _listed(value: Any) -> Any:
+    if not hasattr(value, "tolist"):
+        raise TypeError(f"metadata holds {value!r}, which json cannot say")
+    return value.tolist()
+
+
+def _bytes(array: np.ndarray) -> memoryview:
+    return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]  # ml_dtypes have no buffers
+
+
+def _write(file: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(file, data[:PIECE]) :]
+
+
+def _read(path: PathLike, *, keep: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Check everything the header claims before any memory is taken for it, then read and hash in one pass."""
+    file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # NONBLOCK: a named pipe must not hang us
+    try:
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise _Flaw("it is not a regular file")
+        size = status.st_size
+        prefix = _exactly(file, min(size, SLOT.stop))
+        if size < SLOT.stop:
+            raise _Flaw(f"it has {size} bytes, too few for a header")
+        (length,) = struct.unpack("<Q", prefix[:8])
+        if length > min(HEADER_LIMIT, size - 8) or length % 8 or length < SLOT.stop - 8:
+            raise _Flaw(f"it claims a header of {length} bytes in a file of {size}")
+        if prefix[8 : SLOT.start] != START:
+            raise _Flaw("it has no tinylm hash (a plain safetensors file? those are converted, not loaded)")
+        head = prefix + _exactly(file, 8 + length - len(prefix))
+        digest = hashlib.sha256(head[: SLOT.start] + ZEROS.encode() + head[SLOT.stop :])
+        layout, inner = _layout(head[8:], size - 8 - length)
+        tensors = {}
+        scratch = None if keep else bytearray(min(PIECE, size))
+        for name, (dtype, shape, nbytes) in layout.items():
+            if keep:
+                tensors[name] = _room(name, shape, dtype)
+            room = memoryview(scratch) if scratch is not None else _bytes(tensors[name])
+            for start in range(0, nbytes, PIECE):
+                piece = room[start : start + PIECE] if keep else room[: min(PIECE, nbytes - start)]
+                _fill(file, piece)
+                digest.update(piece)
+        if digest.hexdigest().encode() != head[SLOT]:
+            raise _Flaw("its sha256 does not match its content")
+        if type(inner.get("format")) is int and inner["format"] > FORMAT:
+            raise StateMismatch(f"{path} has format {inner['format']}, this tinylm reads up to {FORMAT}: update tinylm")
+        if inner.get("format") != FORMAT or type(inner.get("metadata")) is not dict:
+            raise _Flaw("its metadata is incomplete")
+        return tensors, inner["metadata"]
+    except _Flaw as error:
+        raise CheckpointDamaged(f"{path} is damaged: {error}") from error
+    except OSError as error:
+        raise CheckpointDamaged(f"{path} cannot be read: {error.strerror}") from error
+    finally:
+        os.close(file)
+
+
+class _Flaw(Exception):  # noqa: N818
+    """A reason, still without the file's name."""
+
+
+def _layout(text: bytes, data: int) -> tuple[dict[str, tuple[np.dtype, tuple[int, ...], int]], dict[str, Any]]:
+    """Header -> name: (type, shape, bytes) in file order, and our metadata. The tensors must tile the data exactly."""
+    header = _json(text)
+    outer = header.pop("__metadata__")
+    if type(outer) is not dict or type(outer.get("tinylm")) is not str:
+        raise _Flaw("its header holds no tinylm metadata")
+    places = {}
+    for name, entry in header.items():
+        if type(entry) is not dict or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise _Flaw(f"tensor {name!r} is not described by dtype, shape and data_offsets")
+        dtype, shape, offsets = DTYPES.get(str(entry["dtype"])), entry["shape"], entry["data_offsets"]
+        if dtype is None:
+            raise _Flaw(f"tensor {name!r} has the unknown type {str(entry['dtype'])[:20]!r}")
+        if not _naturals(shape) or len(shape) > 32 or not _naturals(offsets) or len(offsets) != 2:
+            raise _Flaw(f"tensor {name!r} has an impossible shape or offset")
+        count = 1
+        for n in shape:
+            count *= n
+        if offsets[1] - offsets[0] != count * dtype.itemsize:
+            raise _Flaw(f"tensor {name!r} has offsets that do not fit its shape")
+        places[name] = (*offsets, dtype, tuple(shape))
+    layout, end = {}, 0
+    for name, (begin, stop, dtype, shape) in sorted(places.items(), key=lambda item: item[1][:2]):
+        if begin != end:
+            raise _Flaw(f"tensor {name!r} begins at byte {begin} of the data, not at {end}: a gap or an overlap")
+        layout[name], end = (dtype, shape, stop - begin), stop
+    if end != data:
+        raise _Flaw(f"its tensors take {end} bytes but it holds {data}")
+    return layout, _json(outer["tinylm"])
+
+
+def _json(text: bytes | str) -> dict[str, Any]:
+    try:
+        value = json.loads(text, object_pairs_hook=_distinct)
+    except (ValueError, RecursionError) as error:
+        raise _Flaw(f"its header is not valid json ({error})") from error
+    if type(value) is not dict:
+        raise _Flaw("its header is not a json object")
+    return value
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(made := dict(pairs)) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return made
+
+
+def _room(name: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    try:
+        return np.empty(shape, dtype)
+    except ValueError as error:  # an empty tensor whose other sides overflow
+        raise _Flaw(f"tensor {name!r} has an impossible shape") from error
+
+
+def _naturals(values: Any) -> bool:
+    return type(values) is list and all(type(n) is int and 0 <= n < 2**48 for n in values)
+
+
+def _exactly(file: int, count: int) -> bytes:
+    data = bytearray(count)
+    _fill(file, memoryview(data))
+    return bytes(data)
+
+
+def _fill(file: int, room: memoryview) -> None:
+    while room:
+        got = os.readv(file, [room])
+        if not got:
+            raise _Flaw("it ends early")
+        room = room[got:]

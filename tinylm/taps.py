@@ -1,0 +1,115 @@
+"""Taps: look at, or change, any value inside a model.
+
+A tap is a function `tap(site, x) -> x`, passed as an argument to the forward pass and called with every named value on
+its way. It returns the value to go on with. Nothing is attached to the model, so nothing can leak, and
+`jax.jit`, `jax.grad` and `jax.vmap` work as on any other argument.
+
+    seen = {}
+    model(tokens, tap=recording(seen, r"blocks\\.\\d+\\.resid"))
+    model(other, tap=patching({"blocks.0.resid": seen["blocks.0.resid"]}))
+
+A tap that carries a method `wants(site) -> bool` is not asked about other sites; the model then keeps its fast paths
+(an attention pattern is computed explicitly only for a tap that wants it). A plain function is asked about all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+from jax import Array
+
+Tap = Callable[[str, Array], Array]
+
+
+def untouched(site: str, x: Array) -> Array:
+    """The tap that does nothing; the default."""
+    return x
+
+
+def wants(tap: Tap, site: str) -> bool:
+    """Whether `tap` may look at or change `site`."""
+    if tap is untouched:
+        return False
+    asked = getattr(tap, "wants", None)
+    return asked is None or asked(site)
+
+
+@dataclasses.dataclass(frozen=True)
+class Within:
+    """A tap as seen from inside a part: sites get the part's name in front. Made by `within`."""
+
+    prefix: str
+    tap: Tap
+
+    def __call__(self, site: str, x: Array) -> Array:
+        return self.tap(f"{self.prefix}.{site}", x)
+
+    def wants(self, site: str) -> bool:
+        return wants(self.tap, f"{self.prefix}.{site}")
+
+
+def within(prefix: str, tap: Tap) -> Tap:
+    """`tap`, for use inside the part called `prefix`."""
+    return tap if tap is untouched else Within(prefix, tap)
+
+
+@dataclasses.dataclass(frozen=True)
+class recording:  # noqa: N801 (reads as a verb where it is used)
+    """Tap that keeps the values of all sites whose whole name matches the regex `sites` in `store`.
+
+    Under `jax.jit` return `store` from the jitted function: it holds tracers until then.
+    """
+
+    store: MutableMapping[str, Any]
+    sites: str = ".*"
+
+    def __call__(self, site: str, x: Array) -> Array:
+        if self.wants(site):
+            self.store[site] = x
+        return x
+
+    def wants(self, site: str) -> bool:
+        return re.fullmatch(self.sites, site) is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class patching:  # noqa: N801
+    """Tap that puts `values[site]` in the place of the value at each of its sites.
+
+    Raises ValueError when the shapes differ, since broadcasting would patch more than was meant.
+    """
+
+    values: dict[str, Any]
+
+    def __call__(self, site: str, x: Array) -> Array:
+        if site not in self.values:
+            return x
+        new = self.values[site]
+        if new.shape != x.shape:
+            raise ValueError(f"cannot patch {site}: it has shape {x.shape}, the new value {new.shape}")
+        return new.astype(x.dtype)
+
+    def wants(self, site: str) -> bool:
+        return site in self.values
+
+
+@dataclasses.dataclass(frozen=True)
+class _Composed:
+    taps: tuple[Tap, ...]
+
+    def __call__(self, site: str, x: Array) -> Array:
+        for tap in self.taps:
+            if wants(tap, site):
+                x = tap(site, x)
+        return x
+
+    def wants(self, site: str) -> bool:
+        return any(wants(tap, site) for tap in self.taps)
+
+
+def compose(*taps: Tap) -> Tap:
+    """All of `taps`, first to last: `compose(patching(p), recording(seen))` records what was patched in."""
+    return _Composed(taps)

@@ -1,0 +1,506 @@
+"""The training loop, as an iterator: the caller owns the loop.
+
+    for step in train(model, tokens, TrainConfig(steps=500), out="runs/first"):
+        print(step.step, step.loss)
+
+What can be relied on: the whole state (weights, optimiser, step) changes hands at once, so a Ctrl-C leaves it exactly
+at a step; a batch and its randomness depend on the seed and the step alone, so a resumed run repeats the uninterrupted
+one bit for bit; a loss or gradient that is not finite never reaches the weights.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import math
+import os
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tinylm import optim
+from tinylm.checkpoint import Run, StateMismatch, load, require_match
+from tinylm.config import ConfigError, ModelConfig, TrainConfig
+from tinylm.data import Batch, Masked, Tokens, Windows
+from tinylm.model import Transformer
+from tinylm.step import State, compiled_loss, compiled_update
+from tinylm.tokenizer import Tokenizer
+from tinylm.weights import assign, pure
+
+Batches = Callable[[int], Batch]
+
+
+class TrainingDiverged(RuntimeError):  # noqa: N818 (what happened, not whose fault it is)
+    """A loss or gradient was not finite. The model holds the weights from before that step."""
+
+
+class Step(NamedTuple):
+    """What one step gave; `str(step)` is a line to print.
+
+    Attributes:
+        step: optimiser steps done, this one included.
+        loss: mean cross-entropy of this step's batch, nats per predicted token.
+        tokens: predicted tokens so far. seconds: training time so far, earlier sittings included.
+        tokens_per_second: over about the last ten seconds.
+        learning_rate, grad_norm: of this step, before clipping.
+        progress: share of the run that is done. eta: seconds to go.
+        valid_loss: nats per token on the validation batches, where they were due. valid_bits: the same in bits per
+            byte, roughly: windows cut through documents; `evaluate` scores whole ones.
+    """
+
+    step: int
+    loss: float
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+    learning_rate: float
+    grad_norm: float
+    progress: float
+    eta: float
+    valid_loss: float | None = None
+    valid_bits: float | None = None
+
+    def __str__(self) -> str:
+        valid = "" if self.valid_bits is None else f"  valid {self.valid_bits:.3f} bits/byte"
+        return (
+            f"step {self.step}  {self.progress:4.0%}  loss {self.loss:.3f}{valid}  "
+            f"{self.tokens_per_second:,.0f} tokens/s  {self.eta:.0f} s to go"
+        )
+
+
+class Tracker(Protocol):
+    """Where figures go besides run.jsonl: an adapter of three methods for any experiment tracker."""
+
+    def start(self, config: dict[str, Any]) -> None: ...
+    def log(self, record: dict[str, Any]) -> None: ...
+    def finish(self, outcome: str) -> None: ...
+
+
+class NoTracker:
+    """The tracker that keeps nothing."""
+
+    def start(self, config: dict[str, Any]) -> None:
+        """Called once, with the model's and the run's settings."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Called with every line of run.jsonl."""
+
+    def finish(self, outcome: str) -> None:
+        """Called with "done", "interrupted", "stopped" or "diverged"."""
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+def batches_of(tokens: Tokens, config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer | None) -> Batches:
+    """The batches that `config.objective` asks for, over `tokens`.
+
+    Raises:
+        ConfigError: the tokens do not fit the model or the tokenizer.
+    """
+    if tokens.vocab > model.vocab:
+        raise ConfigError(
+            f"the data uses {tokens.vocab} token ids, the model knows {model.vocab}; set vocab={tokens.vocab}"
+        )
+    if tokenizer is not None and tokens.tokenizer_sha256 not in (None, tokenizer.sha256):
+        raise ConfigError(
+            "the data was made with another tokenizer than the model's; make the tokens again with this one"
+        )
+    length = config.length or model.context
+    if length > model.context:
+        raise ConfigError(f"TrainConfig.length = {length} is longer than the model's context of {model.context}")
+    wanted = "encoder" if config.objective == "mlm" else "decoder"
+    if model.kind != wanted:
+        raise ConfigError(f'objective "{config.objective}" needs a {wanted}, this model is a {model.kind}')
+    windows = Windows(tokens, batch=config.batch, length=length, seed=config.seed)
+    if config.objective == "next_token":
+        return windows
+    if tokenizer is None or tokenizer.mask is None:
+        raise ConfigError('objective "mlm" needs a tokenizer with a mask token; give one to the model')
+    keep = [i for i in (tokenizer.end, tokenizer.pad, tokenizer.cls, tokenizer.sep) if i is not None]
+    return Masked(windows, rate=config.mask_rate, mask=tokenizer.mask, vocab=tokenizer.vocab, keep=keep)
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+class Interrupt:
+    """Ctrl-C, SIGTERM and SIGHUP become a flag that is looked at between steps; a second one acts as usual.
+
+    `asked` is the signal's number, or 0. Off the main thread, where Python delivers no signals, it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)):
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                    self._old[number] = signal.signal(number, self._flag)
+        return self
+
+    def _flag(self, number: int, frame: Any) -> None:
+        self.asked = number
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._old:
+            number, old = self._old.popitem()
+            signal.signal(number, old)
+
+    def __exit__(self, *_: object) -> None:
+        if threading.current_thread() is threading.main_thread():
+            self._restore()
+
+
+class Trainer:
+    """A training run in progress: an iterator of logged steps. Made by `train` and `resume`.
+
+    Iterating again after an interrupt, or after `break`, goes on where it stopped.
+
+    Attributes:
+        model: gets the current weights at every yielded step and at the end.
+        history: every logged step so far. losses: the loss of every step of this sitting.
+        outcome: "running", "done", "interrupted" (a signal; `signal` holds its number), "stopped" (`stop()`, or the
+            caller left the loop) or "diverged".
+        run: the run folder, or None.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        data: Tokens | Batches,
+        config: TrainConfig,
+        *,
+        valid: Tokens | Batches | None = None,
+        run: Run | None = None,
+        tracker: Tracker | None = None,
+    ):
+        self.model, self.config, self.run = model, config, run
+        self.tracker: Tracker = tracker or NoTracker()
+        tie = functools.partial(batches_of, model=model.config, tokenizer=model.tokenizer)
+        self.batches = tie(data, config) if isinstance(data, Tokens) else data
+        self.valid_bytes_per_token = valid.bytes_per_token if isinstance(valid, Tokens) else None
+        self.valid = tie(valid, config.replace(seed=0)) if isinstance(valid, Tokens) else valid
+        self.length = config.length or model.config.context
+        self.tokens_per_step = config.batch * self.length
+        self.steps = config.steps or -(-config.tokens // self.tokens_per_step)  # 0: the clock decides
+        self.graph, params = pure(model)
+        self.recipe = optim.Recipe.of(config)
+        self.update = compiled_update(self.graph, self.recipe, model.config.dropout > 0)
+        params = jax.tree.map(jnp.copy, params)  # the step reuses their buffers; the model keeps its own
+        self.state = State(params, optim.build(self.recipe).init(params), jnp.int32(0), jnp.bool_(False))
+        self.step, self.seconds = 0, 0.0
+        self.history: list[Step] = []
+        self.losses: list[float] = []
+        self.outcome, self.signal = "running", 0
+        self.last_error: OSError | None = None
+        self._ask = False
+        self._clock: float | None = None
+        self._flying: collections.deque[tuple[int, float, dict]] = collections.deque()
+        self._rates: collections.deque[tuple[float, int]] = collections.deque()
+        self._saved_at, self._save_cost, self._saved_step = 0.0, 0.0, -1
+
+    # - asking -
+
+    def stop(self) -> None:
+        """Ask the loop to end after the step it is in."""
+        self._ask = True
+
+    @property
+    def elapsed(self) -> float:
+        """Training seconds, earlier sittings included; the clock runs only while the loop does."""
+        return self.seconds + (0.0 if self._clock is None else time.perf_counter() - self._clock)
+
+    @property
+    def progress(self) -> float:
+        """Share of the run that is done, 0 to 1."""
+        return min(1.0, self.step / self.steps if self.steps else self.elapsed / self.config.budget)
+
+    # - going -
+
+    def __iter__(self) -> Iterator[Step]:
+        """Yield every logged step (each `log_every`-th, each validated one, the last); the model then is current."""
+        for step in self.every_step():
+            if self.history and step is self.history[-1]:
+                self.sync()
+                yield step
+
+    def every_step(self) -> Iterator[Step]:
+        """Yield after every step and leave the model alone: what a live view drives. `sync` updates the model.
+
+        Raises:
+            TrainingDiverged: naming the step; model and run folder hold the state before it.
+        """
+        self.outcome, self.signal, self._ask, self._clock = "running", 0, False, time.perf_counter()
+        self.tracker.start({"model": self.model.config.to_dict(), "train": self.config.to_dict()})
+        with Interrupt() as interrupt:
+            try:
+                while self.progress < 1.0 and not (interrupt.asked or self._ask):
+                    self._launch()
+                    due = self._due(interrupt)
+                    # At most two steps are in flight, so an interrupt waits for no more; what is due needs all of them
+                    # landed, so that it sees the state of exactly this step.
+                    while len(self._flying) > (0 if due else 1):
+                        step = self._land()
+                        yield self._note(step) if due and not self._flying else step
+                while self._flying:
+                    step = self._land()
+                    yield step if self._flying else self._note(step)
+                self.outcome = "interrupted" if interrupt.asked else "stopped" if self._ask else "done"
+                self.signal = interrupt.asked
+            finally:
+                self._finish()
+
+    def _launch(self) -> None:
+        """Send one step to the device; it runs while Python goes on."""
+        rate = optim.rate(self.config, self.step, self.progress)
+        batch = self.batches(self.step)
+        self.state, figures = self.update(self.state, batch, np.float32(rate), np.uint32(self.config.seed))
+        self.step += 1
+        self._flying.append((self.step, rate, figures))
+
+    def _due(self, interrupt: Interrupt) -> bool:
+        """Whether the newest step is to be logged, validated or saved."""
+        every = self.config.eval_every
+        return bool(
+            self.step % self.config.log_every == 0
+            or (every and self.step % every == 0)
+            or self.progress >= 1.0
+            or interrupt.asked
+            or self._ask
+            or self._save_is_due()
+        )
+
+    def _land(self) -> Step:
+        """Wait for the oldest step in flight and take its figures."""
+        number, learning_rate, figures = self._flying.popleft()
+        figures = jax.device_get(figures)
+        if figures["halted"]:
+            self._diverge(number, figures)
+        self.losses.append(float(figures["loss"]))
+        now, tokens = self.elapsed, number * self.tokens_per_step
+        if not self._rates:
+            self._rates.append((now, tokens))  # the first step compiles; speed counts from its end
+        (then, before), speed = self._rates[0], 0.0
+        if now > then:
+            speed = (tokens - before) / (now - then)
+            self._rates.append((now, tokens))
+            while now - self._rates[0][0] > 10:
+                self._rates.popleft()
+        if self.steps:
+            done = number / self.steps
+            eta = (self.steps - number) * self.tokens_per_step / speed if speed else math.inf
+        else:
+            done = min(1.0, now / self.config.budget)
+            eta = max(0.0, self.config.budget - now)
+        norm = float(figures["grad_norm"])
+        return Step(number, self.losses[-1], tokens, now, speed, learning_rate, norm, done, eta)
+
+    def _note(self, step: Step) -> Step:
+        """Validate, log and save what is due at this step, which is the newest."""
+        every = self.config.eval_every
+        if self.valid is not None and (step.progress >= 1.0 or (every and step.step % every == 0)):
+            step = step._replace(**self.validate())
+        self.history.append(step)
+        record = {k: v for k, v in step._asdict().items() if v is not None and k not in ("eta", "progress")}
+        if self.run is not None:
+            self.run.log(record)
+        self.tracker.log(record)
+        if self._save_is_due():
+            self._save_or_warn()
+        return step
+
+    def _diverge(self, number: int, figures: dict) -> None:
+        self._flying.clear()
+        self.step = int(self.state.step)
+        self.state = self.state._replace(halted=jnp.bool_(False))
+        self.outcome = "diverged"
+        indices = getattr(self.batches, "indices", None)
+        where = "" if indices is None else f" on windows {', '.join(map(str, indices(number - 1)[:8]))}, ..."
+        raise TrainingDiverged(
+            f"step {number}{where}: loss {figures['loss']}, gradient norm {figures['grad_norm']}. The model holds the "
+            f"weights of step {self.step}; try a lower learning_rate (now {self.config.learning_rate}) or more warmup"
+        )
+
+    def _finish(self) -> None:
+        """However the loop ended: the model gets the whole state, and the run folder a checkpoint of it."""
+        if self.outcome == "running":  # the caller left the loop, or an error of his passed through it
+            self.outcome = "stopped"
+        with contextlib.suppress(TrainingDiverged):
+            while self._flying:
+                step = self._land()
+                if not self._flying:
+                    self._note(step)
+        self.seconds, self._clock = self.elapsed, None
+        self.sync()
+        if self.run is not None and self._saved_step != self.step:
+            self.save()
+        self.tracker.finish(self.outcome)
+
+    # - state -
+
+    def sync(self) -> None:
+        """Give the model the current weights (copies: the loop goes on with its own)."""
+        assign(self.model, jax.tree.map(jnp.copy, self.state.params))
+
+    def validate(self) -> dict[str, float]:
+        """Nats per token on `eval_batches` fixed validation batches, and bits per byte where the bytes are known."""
+        assert self.valid is not None
+        loss = compiled_loss(self.graph)
+        sums = [loss(self.state.params, self.valid(i)) for i in range(self.config.eval_batches)]
+        nats, weight = (float(sum(part)) for part in zip(*sums, strict=True))
+        found = {"valid_loss": nats / weight}
+        if self.valid_bytes_per_token and self.config.objective == "next_token":
+            found["valid_bits"] = found["valid_loss"] / math.log(2) / self.valid_bytes_per_token
+        return found
+
+    def tensors(self) -> dict[str, np.ndarray]:
+        """The whole state by name: `params.*`, `opt.*`, `step`."""
+        state = {"params": self.state.params, "opt": self.state.opt, "step": self.state.step}
+        leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+        return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
+
+    def adopt(self, tensors: dict[str, np.ndarray], seconds: float = 0.0) -> None:
+        """Go on from a state that `tensors` gave. Raises StateMismatch, naming the differences, and changes nothing."""
+        require_match(self.tensors(), tensors, "the saved training state")
+        template = {"params": self.state.params, "opt": self.state.opt, "step": self.state.step}
+        leaves, shape = jax.tree_util.tree_flatten_with_path(template)
+        names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+        state = jax.tree_util.tree_unflatten(shape, [jnp.array(tensors[name]) for name in names])
+        self.state = State(**state, halted=jnp.bool_(False))
+        self.step, self.seconds = int(tensors["step"]), seconds
+        self.sync()
+
+    def save(self) -> Path:
+        """Write a checkpoint of the newest state now. Raises OSError when the disk refuses it, ValueError without `out`."""
+        if self.run is None:
+            raise ValueError('this training has no folder: give train(..., out="runs/name")')
+        begun = time.perf_counter()
+        path = self.run.save(self.step, self.tensors(), {"seconds": self.elapsed})
+        self.run.prune(self.config.keep)
+        self._saved_step, self._saved_at, self._save_cost = self.step, self.elapsed, time.perf_counter() - begun
+        return path
+
+    def _save_is_due(self) -> bool:
+        """Saving takes at most one percent of the time, however slow the disk."""
+        if self.run is None or not self.config.save_every:
+            return False
+        return self.elapsed - self._saved_at >= max(self.config.save_every, 100 * self._save_cost)
+
+    def _save_or_warn(self) -> None:
+        try:
+            self.save()
+        except OSError as error:  # hours of training are worth more than one checkpoint: say so, and try again later
+            self.last_error, self._saved_at = error, self.elapsed
+            warnings.warn(f"no checkpoint at step {self.step}: {error}; training goes on", stacklevel=4)
+
+
+def train(
+    model: Transformer,
+    data: Tokens | Batches,
+    config: TrainConfig,
+    *,
+    valid: Tokens | Batches | None = None,
+    out: str | os.PathLike | None = None,
+    tracker: Tracker | None = None,
+) -> Trainer:
+    """Train `model`; iterate over what this returns.
+
+    Args:
+        model: trained in place.
+        data: token shards, from which `config` makes batches; or any function of the step number that gives `Batch`es
+            and depends on nothing else.
+        config: how long, how fast, how.
+        valid: held-out tokens or batches; validated every `eval_every` steps and at the end.
+        out: a new folder for settings, tokenizer, run.jsonl and checkpoints; without it nothing is written.
+        tracker: gets every logged record too.
+
+    Raises:
+        ConfigError: data, model and objective do not fit. FileExistsError: `out` holds something already.
+    """
+    trainer = Trainer(model, data, config, valid=valid, tracker=tracker)
+    if out is not None:
+        about = {"train": describe(data, Path(out)), "valid": describe(valid, Path(out))}
+        trainer.run = Run.create(out, model=model.config, train=config, tokenizer=model.tokenizer, data=about)
+    return trainer
+
+
+def resume(
+    folder: str | os.PathLike,
+    *,
+    data: Tokens | Batches | None = None,
+    valid: Tokens | Batches | None = None,
+    tracker: Tracker | None = None,
+    **longer: float,
+) -> Trainer:
+    """Go on with the run in `folder` from its newest sound checkpoint, exactly as if it had never stopped.
+
+    Args:
+        folder: made by `train(..., out=folder)`.
+        data, valid: needed only when the run was not made from token shards, or they have moved.
+        tracker: as in `train`.
+        longer: a later end than the run was made for, `steps=`, `tokens=` or `budget=`; the schedule stretches with it.
+
+    Raises:
+        FileNotFoundError: no run, or no checkpoint, or no data. StateMismatch: other data than before.
+        RunLocked: another process trains in this folder.
+    """
+    run = Run.open(folder, write=True)
+    try:
+        step, tensors, metadata, notes = run.restore()
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
+        if longer:
+            run.change(run.train.replace(**{"steps": 0, "tokens": 0, "budget": 0.0, **longer}))
+        model = load(run.path(step))
+        train_data = reopen(data, run.data.get("train"), run.folder, "data")
+        valid_data = reopen(valid, run.data.get("valid"), run.folder, "valid", needed=False)
+        trainer = Trainer(model, train_data, run.train, valid=valid_data, run=run, tracker=tracker)
+        trainer.adopt(tensors, metadata["seconds"])
+        run.rewind(step)
+        fields = set(Step._fields)
+        old = ({k: v for k, v in record.items() if k in fields} for record in run.history())
+        trainer.history = [Step(**{"eta": 0.0, "progress": 0.0, **record}) for record in old]
+        trainer._saved_step = step
+        return trainer
+    except BaseException:
+        run.close()
+        raise
+
+
+def describe(data: Tokens | Batches | None, out: Path) -> dict[str, Any] | None:
+    """What config.json keeps of the data: where it lies, and its hash."""
+    if not isinstance(data, Tokens):
+        return None
+    folder = None if data.folder is None else Path(data.folder).absolute()
+    if folder is not None and folder.is_relative_to(out.absolute()):
+        folder = folder.relative_to(out.absolute())  # a run folder that holds its own data may be moved
+    return {"folder": None if folder is None else str(folder), "split": data.split, "sha256": data.sha256}
+
+
+def reopen(
+    given: Tokens | Batches | None, about: dict[str, Any] | None, home: Path, name: str, needed: bool = True
+) -> Any:
+    """The data of a run once more: what the caller gives, or the shards the run was made from."""
+    if given is None and about is not None and about["folder"] is not None:
+        given = Tokens.open(home / about["folder"], about["split"])
+    if given is None and needed:
+        raise FileNotFoundError(f"{home} was trained on data made in memory: give it again, resume(folder, {name}=...)")
+    if isinstance(given, Tokens) and about is not None and given.sha256 != about["sha256"]:
+        raise StateMismatch(
+            f"the {name} of {home} has changed: sha256 was {about['sha256'][:12]}..., now {given.sha256[:12]}...; "
+            "a resumed run must see the same tokens"
+        )
+    return given

@@ -1,0 +1,97 @@
+"""A model's parameters by name: set them at first, read them, put others in, take a model apart and bind it again."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+
+def initialize(model: nnx.Module, rngs: nnx.Rngs, init_std: float) -> None:
+    """Set every initial value. The whole table; n is the matrix's number of inputs:
+
+        where                               init_std = 0 (the kit's)     init_std = s (the papers')
+        embedding tables                    normal(0.02)                 normal(s)
+        attn.o, mlp.down                    0 (each block starts as      normal(s)
+                                            the identity)
+        other matrices                      normal(1 / sqrt(n))          normal(s)
+        norm scales                         1                            1
+        biases                              0                            0
+
+    Each value depends on the seed and its own name alone, so a part added elsewhere changes nothing here.
+    """
+    key, fixed = rngs.params(), init_std
+
+    def value(name: str, old: Array) -> Array:
+        parent, leaf = name.split(".")[-2:] if "." in name else ("", name)
+        if leaf not in ("kernel", "table"):
+            return old  # norms and biases are made as they start
+        if leaf == "table":
+            std = fixed or 0.02
+        elif parent in ("o", "down") and not fixed:
+            return old  # made as zeros
+        else:
+            std = fixed or old.shape[0] ** -0.5
+        return std * jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), old.shape, old.dtype)
+
+    assign(model, {name: value(name, old) for name, old in named(model).items()})
+
+
+def dotted(path: tuple) -> str:
+    """`("blocks", 0, "attn")` -> `"blocks.0.attn"`."""
+    return ".".join(map(str, path))
+
+
+def named(model: nnx.Module) -> dict[str, Array]:
+    """Every parameter by its dotted path. These are the live arrays, not copies: copy before donating them."""
+    return {dotted(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model))}
+
+
+def pure(model: nnx.Module) -> tuple[Any, dict[str, Array]]:
+    """The model taken apart into a static graph, equal for equal configurations, and its parameters by name.
+
+    `bind` puts them together again: `jax.jit(lambda p, x: bind(graph, p)(x))(params, tokens)` is the kit's one way to
+    compile a model, and the parameters are a plain dict for `jax.grad`, `jax.vmap` and optax.
+    """
+    return nnx.graphdef(model), named(model)
+
+
+def bind(graph: Any, params: Mapping[str, Any]) -> Any:
+    """The model of `graph` with these parameters; cheap under `jax.jit`, where it happens once, while tracing."""
+    parts = lambda name: tuple(int(part) if part.isdigit() else part for part in name.split("."))  # noqa: E731
+    return nnx.merge(graph, nnx.from_flat_state([(parts(name), value) for name, value in params.items()]))
+
+
+def assign(model: nnx.Module, values: Mapping[str, Any]) -> None:
+    """Set all parameters at once, or none: raises ValueError that names the missing, extra and misshapen ones."""
+    flat = {dotted(path): (path, leaf) for path, leaf in nnx.to_flat_state(nnx.state(model))}
+    wrong = [f"missing {n}" for n in flat.keys() - values.keys()] + [
+        f"unknown {n}" for n in values.keys() - flat.keys()
+    ]
+    wrong += [
+        f"{n} has shape {tuple(np.shape(values[n]))} instead of {tuple(leaf.shape)}"
+        for n, (_, leaf) in flat.items()
+        if n in values and tuple(np.shape(values[n])) != tuple(leaf.shape)
+    ]
+    if wrong:
+        raise ValueError(f"these weights are not this model's: {'; '.join(sorted(wrong)[:10])} ({len(wrong)} in all)")
+    nnx.update(
+        model, nnx.from_flat_state([(path, leaf.replace(jnp.asarray(values[n]))) for n, (path, leaf) in flat.items()])
+    )
+
+
+def check_tokens(tokens: Any, vocab: int) -> np.ndarray:
+    """`tokens` as int32 if every id is in [0, vocab), which JAX itself never checks. Raises ValueError otherwise."""
+    ids = np.asarray(tokens)
+    if ids.size and ids.dtype.kind not in "iu":
+        raise ValueError(f"token ids must be whole numbers, not {ids.dtype}")
+    if ids.size and (ids.min() < 0 or ids.max() >= vocab):
+        bad = ids.flat[int(np.argmax((ids < 0) | (ids >= vocab)))]
+        raise ValueError(f"token id {bad} is outside 0..{vocab - 1}; was the text encoded with another tokenizer?")
+    return ids.astype(np.int32)
