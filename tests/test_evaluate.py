@@ -2,6 +2,7 @@ import json
 import math
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -166,31 +167,31 @@ def test_windows_out_of_range(context, stride, batch):
 
 
 def test_it_agrees_with_the_model_asked_one_token_at_a_time():
-    model, documents = tiny(), ["abcddcba", "a" * 60]
-    got = evaluate(model, documents, tokenizer=ABCD, stride=20)
+    model, documents = tiny(context=9), ["abcddcba", "abcd" * 7]
+    got = evaluate(model, documents, tokenizer=ABCD, stride=7)
     for text, bits in zip(documents, got.document_bits, strict=True):
         ids, nats = [4, *ABCD.encode(text), 4], 0.0
         for j in range(len(ids) - 1):
-            window = max(0, math.ceil((j + 1 - 24) / 20))
-            logits = np.asarray(model(jnp.array([ids[window * 20 : j + 1]])), np.float64)[0, -1]
+            window = max(0, math.ceil((j + 1 - 9) / 7))
+            logits = np.asarray(model(jnp.array([ids[window * 7 : j + 1]])), np.float64)[0, -1]
             nats -= logits[ids[j + 1]] - np.log(np.exp(logits).sum())
         assert bits == pytest.approx(nats / math.log(2), rel=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"positions": "learned"}, {"window": 5}, {"vocab": 64}])
 def test_batches_buckets_and_order_change_nothing(changes):
-    model, documents = tiny(**{"context": 70} | changes), texts(23, 150)
+    model, documents = tiny(**{"context": 40} | changes), texts(23, 90)
     got = evaluate(model, documents, tokenizer=ABCD, batch=16)
     for again in (
         evaluate(model, documents, tokenizer=ABCD, batch=1),
         evaluate(model, iter(documents), tokenizer=ABCD, batch=5),
-        score(documents, ABCD, lambda tokens: model(jnp.asarray(tokens)), context=70),
+        score(documents, ABCD, jax.jit(lambda tokens: model(tokens)), context=40),
     ):
         assert again.document_bits == pytest.approx(got.document_bits, rel=1e-6)
     turned = evaluate(model, documents[::-1], tokenizer=ABCD)
     assert turned.document_bits[::-1] == pytest.approx(got.document_bits, rel=1e-6)
-    alone = [evaluate(model, [text], tokenizer=ABCD).document_bits[0] for text in documents[:4]]
-    assert alone == pytest.approx(got.document_bits[:4], rel=1e-6)
+    alone = [evaluate(model, [text], tokenizer=ABCD).document_bits[0] for text in documents[:2]]
+    assert alone == pytest.approx(got.document_bits[:2], rel=1e-6)
 
 
 def test_a_later_token_never_changes_an_earlier_score():
@@ -228,7 +229,7 @@ def test_the_models_own_tokenizer_is_the_default():
         (tiny(vocab=500), ["a"], {"tokenizer": ABCD}, "5 ids, the model 500"),
         (tiny(), ["a"], {"tokenizer": ABCD, "context": 25}, "longer than the model's 24"),
         (tiny(), [], {"tokenizer": ABCD}, "no text to score"),
-        (tiny(), "nowhere.txt", {"tokenizer": ABCD}, "nowhere.txt: no such file"),
+        (tiny(), "nowhere.txt", {"tokenizer": ABCD}, "nowhere.txt: no such"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(model, source, settings, message):
@@ -238,7 +239,7 @@ def test_what_cannot_be_evaluated_is_refused(model, source, settings, message):
 
 def test_an_empty_file_is_refused(tmp_path):
     (tmp_path / "empty.txt").touch()
-    with pytest.raises(EvaluationError, match="empty.txt holds no text"):
+    with pytest.raises(EvaluationError, match="it is empty"):
         evaluate(tiny(), tmp_path / "empty.txt", tokenizer=ABCD)
 
 
@@ -279,7 +280,7 @@ def test_the_interval_covers_the_truth_19_times_in_20(documents, monkeypatch):
 
 
 def test_the_interval_is_seeded_and_needs_two_documents():
-    bits, sizes = np.array([3.0, 5, 9]), np.array([2, 2, 3])
+    bits, sizes = np.random.default_rng(0).normal(9, 1, size=20), np.arange(4, 24)
     assert bootstrap(bits, sizes, seed=3) == bootstrap(bits, sizes, seed=3) != bootstrap(bits, sizes, seed=4)
     low, high = bootstrap(np.array([3.0, 6.0]), np.array([1, 2]))
     assert low == pytest.approx(3)

@@ -59,7 +59,7 @@ arrays = dtypes.flatmap(
     lambda dtype: hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4).flatmap(
         lambda shape: st.binary(
             min_size=int(np.prod(shape)) * dtype.itemsize, max_size=int(np.prod(shape)) * dtype.itemsize
-        ).map(lambda raw: np.frombuffer(bytes(b & 1 for b in raw) if dtype == bool else raw, dtype).reshape(shape))
+        ).map(lambda raw: np.frombuffer(bytes(b & 1 for b in raw) if dtype.kind == "b" else raw, dtype).reshape(shape))
     )
 )
 values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(), st.lists)
@@ -258,7 +258,7 @@ def test_each_kind_of_bad_header_has_its_reason(tmp_path, file, reason):
 def test_a_newer_format_is_no_damage_and_a_damaged_newer_one_is(tmp_path):
     newer = crafted({"__metadata__": {**ABOUT, "tinylm": '{"format": 2}'}})
     (tmp_path / "x").write_bytes(newer)
-    with pytest.raises(StateMismatch, match="format 2.*update tinylm"):
+    with pytest.raises(StateMismatch, match=r"format 2.*update tinylm"):
         read_file(tmp_path / "x")
     (tmp_path / "x").write_bytes(newer.replace(b": 2", b": 3"))
     with pytest.raises(CheckpointDamaged, match="sha256"):
@@ -321,7 +321,7 @@ def test_a_limit_on_file_size_leaves_no_litter(path):
     before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
-        with pytest.raises(OSError, match="not saved: 0.4 MB needed") as caught:
+        with pytest.raises(OSError, match=r"not saved: 0\.4 MB needed") as caught:
             write_file(path, {"x": np.zeros(100_000, np.float32)}, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -369,11 +369,10 @@ def test_an_interrupt_leaves_no_litter(path, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-@pytest.mark.slow
 def test_cost_of_188_megabytes(tmp_path):
     state = {f"x.{n}": np.random.default_rng(n).standard_normal(1_000_000, np.float32) for n in range(47)}
     saves, reads = [], []
-    for n in range(5):
+    for n in range(3):
         start = time.perf_counter()
         write_file(tmp_path / f"{n}", state, {})
         middle = time.perf_counter()

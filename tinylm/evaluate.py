@@ -15,7 +15,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +23,7 @@ import numpy as np
 from flax import nnx
 
 from tinylm.baselines import EvaluationError, KneserNey, baselines, check_ids, frame
+from tinylm.text import TextError
 from tinylm.text import documents as read_documents
 
 __all__ = [
@@ -121,8 +121,8 @@ def evaluate(
         limit: the first so many documents. seed: of the interval. lossy: see `baselines.frame`.
 
     Raises:
-        EvaluationError: an encoder, a tokenizer that is not the model's, no text, or a setting out of range.
-        TextError: a source that cannot be read.
+        EvaluationError: an encoder, a tokenizer that is not the model's, a source that is missing, empty or cannot be
+            read, or a setting out of range.
     """
     config = model.config
     if config.kind != "decoder":
@@ -208,12 +208,12 @@ def _matching(model: Any, tokenizer: Any) -> Any:
 
 
 def _read(source: str | os.PathLike | Iterable[str], limit: int | None) -> list[str]:
-    if isinstance(source, str | os.PathLike) and not str(source).startswith("hf:") and not Path(source).exists():
-        raise EvaluationError(f"{source}: no such file or folder (to score a text itself, pass it in a list)")
-    texts = list(read_documents(source, limit=limit))
+    try:
+        texts = list(read_documents(source, limit=limit))
+    except TextError as error:
+        raise EvaluationError(str(error)) from error
     if not texts:
-        name = source if isinstance(source, str | os.PathLike) else "the source"
-        raise EvaluationError(f"{name} holds no text to score: it is empty, or every document in it is")
+        raise EvaluationError(f"there is no text to score in {source!r:.80}")
     return texts
 
 

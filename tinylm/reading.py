@@ -114,7 +114,7 @@ def _named(source: str, separator: str | None, errors: Errors, field: str) -> It
 
 
 def _open(file: Path) -> IO[bytes]:
-    return gzip.open(file, "rb") if file.name.lower().endswith(".gz") else open(file, "rb")  # type: ignore[return-value]
+    return gzip.open(file, "rb") if file.name.lower().endswith(".gz") else file.open("rb")  # type: ignore[return-value]
 
 
 def _chunks(file: Path, by_line: bool = False) -> Iterator[bytes]:
@@ -220,7 +220,9 @@ def _jsonl(file: Path, errors: Errors, field: str) -> Iterator[str]:
 
 def _field(record: dict[str, Any], field: str, where: str) -> str:
     if field not in record:
-        raise TextError(f"{where}: no field {field!r}; it has {', '.join(map(repr, record)) or 'none'} (choose with field=)")
+        raise TextError(
+            f"{where}: no field {field!r}; it has {', '.join(map(repr, record)) or 'none'} (choose with field=)"
+        )
     if not isinstance(record[field], str):
         raise TextError(f"{where}: {field!r} must be text, got {type(record[field]).__name__}")
     return record[field]
@@ -234,7 +236,9 @@ def _parquet(file: Path, field: str) -> Iterator[str]:
         with pq.ParquetFile(file) as table:
             names = table.schema_arrow.names
             if field not in names:
-                raise TextError(f"{file}: no column {field!r}; it has {', '.join(map(repr, names))} (choose with field=)")
+                raise TextError(
+                    f"{file}: no column {field!r}; it has {', '.join(map(repr, names))} (choose with field=)"
+                )
             row = 0
             for batch in table.iter_batches(batch_size=1024, columns=[field]):
                 for text in batch.column(0).to_pylist():

@@ -62,7 +62,7 @@ def split(docs: Iterable[str], *, valid: float = 0.05, seed: int = 0) -> tuple[l
 
 
 def sample(docs: Iterable[str], count: int, *, seed: int = 0) -> list[str]:
-    """`count` of the documents, drawn by hash (so without regard to their order) in one pass; equal texts count once."""
+    """`count` of the documents, drawn by hash (whatever their order) in one pass; equal texts count once."""
     worst: list[tuple[int, int, str]] = []
     held: set[int] = set()
     for i, text in enumerate(docs):
@@ -103,7 +103,7 @@ class DedupReport:
 
 
 def bands(near: float, hashes: int = HASHES) -> tuple[int, int, float]:
-    """(bands, rows, missed): the most rows a band can have while a pair at the threshold is missed in < 0.1 % of cases."""
+    """(bands, rows, missed): the most rows per band that miss a pair at the threshold in < 0.1 % of cases."""
     rows = max((r for r in range(1, 21) if (1 - near**r) ** (hashes // r) < 1e-3), default=1)
     return hashes // rows, rows, (1 - near**rows) ** (hashes // rows)
 
@@ -179,7 +179,10 @@ class _Near:
         for row in range(self.rows):
             keys = _scramble(keys ^ banded[:, :, row])
         keyed = iter(zip(keys.tolist(), signs, strict=True))
-        return [self._twin(text, shingles, *next(keyed)) if len(shingles) else None for text, shingles in zip(texts, sets, strict=True)]
+        return [
+            self._twin(text, shingles, *next(keyed)) if len(shingles) else None
+            for text, shingles in zip(texts, sets, strict=True)
+        ]
 
     def _twin(self, text: str, shingles: np.ndarray, keys: list[int], sign: np.ndarray) -> str | None:
         candidates = sorted({i for key in keys if key in self.buckets for i in self.buckets[key]})
@@ -203,7 +206,7 @@ class _Near:
 
 
 def _numbers(text: str, ids: dict[str, int]) -> np.ndarray:
-    """The words of a text as numbers, new words numbered in order of appearance: Python's own hash changes every run."""
+    """The words of a text as numbers, numbered as they appear: Python's own hash changes with every run."""
     return np.array([ids.setdefault(word, len(ids)) for word in WORD.findall(text.lower())], np.uint64)
 
 

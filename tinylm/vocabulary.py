@@ -1,7 +1,7 @@
-"""What a tokenizer.json may say: the byte symbols, and an allowlist, applied before the `tokenizers` library reads the file.
+"""What a tokenizer.json may say: an allowlist, applied before the `tokenizers` library reads the file.
 
 Everything that is not known here is refused by name, because the library panics, aborts the process or loads ids beyond
-the vocabulary on files it should refuse. Padding and truncation settings are checked and then ignored: nothing here pads.
+the vocabulary on files it should refuse. Padding and truncation are checked and then ignored: nothing here pads.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import math
 import re
 from typing import Any
 
-# A piece inside a word starts with '#', so a literal '#' must stand alone or "##ing" in the text would be read as "-ing".
-# The 100 keeps the longest-match search, quadratic in the word, short on a line without spaces.
+# A piece inside a word starts with '##', so a literal '#' must stand alone or "##ing" in the text would be read as an
+# "ing" inside a word. The 100 keeps the longest-match search, quadratic in the word, short on a line without spaces.
 ALONE = "[^#]{1,100}|#"
 LARGEST = 16 * 2**20  # bytes of json
 TOP = (
@@ -31,7 +31,10 @@ FLAG = (True, False)
 MAYBE = (True, False, None)
 BEHAVIOR = ("Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous")
 GPT2 = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-GPT4 = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+GPT4 = (
+    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
+    r"""|\s*[\r\n]+|\s+(?!\S)|\s+"""
+)
 QWEN = GPT4.replace(r"\p{N}{1,3}", r"\p{N}")
 PATTERNS = (ALONE, GPT2, GPT4, QWEN)  # others could make the regex engine hang
 
@@ -111,7 +114,7 @@ BYTE_OF = {symbol: byte for byte, symbol in enumerate(SYMBOLS)}
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """A tokenizer.json that passed: names and raw bytes by id, added and special tokens by name, and the json the encoder gets."""
+    """A tokenizer.json that passed: names and bytes by id, added and special tokens by name, the encoder's json."""
 
     names: tuple[str, ...]
     content: tuple[bytes, ...]
@@ -163,7 +166,7 @@ def check(raw: dict[str, Any]) -> Checked:
     for key in raw:
         require(key in TOP, f"unknown entry {_short(key)}")
     require(raw.get("version", "1.0") == "1.0", f"version = {_short(raw.get('version'))}: only 1.0 is known")
-    model = raw.get("model")
+    model: Any = raw.get("model")
     require(isinstance(model, dict), "no model")
     kind = model.get("type")
     require(isinstance(kind, str) and kind in MODELS, f"model type {_short(kind)}: known are {', '.join(MODELS)}")

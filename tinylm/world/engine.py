@@ -202,6 +202,7 @@ class Said(NamedTuple):
     holds: Mapping[str, str]
     speaker: str | None
     feature: str | None
+    state: int | None = None
 
 
 class Teller:

@@ -111,7 +111,7 @@ def surprise(s: Teller) -> None:
     s.say("{hero} [walked|wandered] {place.to} alone and threw [stones|sticks] until {he} had counted {number}.", place="place", feeling="lonely")
     s.paragraph()
     s.say("There {adult.full}, [found|met] {him}.")
-    s.say('"[Why so gloomy|What a long face]! [Could you carry|Please carry] this [sack|box] home for me?" said {adult}.', speaker="adult", holds={"box": "hero"})
+    s.say('"[Why so gloomy?|What a long face!] Could you carry this [sack|box] home for me?" said {adult}.', speaker="adult", holds={"box": "hero"})
     s.say("{hero} [sighed|nodded] and carried it. It was [heavy|strangely light], and it rustled.")
     s.say("{He} [pushed open|opened] the door, and the room was [dark|quiet]. Then...")
     s.say('"Surprise!" cried {elder} and {friend}[ and {rival}|].', speaker="elder", feature="twist", feeling="surprised")
@@ -150,7 +150,7 @@ def skill(s: Teller) -> None:
     """Many failures and one success."""
     s.paragraph()
     s.say("More than anything, {hero} wanted to learn to {skill}[, because {rival} could do it|, just like {elder}|].", feeling="eager")
-    s.say("{He} tried it {place.at}, and {skill.fail}.", place="place", feeling="frustrated", feature="twist")
+    s.say("{He} tried it [at once|in secret], but {he} {skill.fail}.", feeling="frustrated", feature="twist")
     s.say('"[Ha ha|Look at that]! [You will never learn it|Give up]," [said|called] {rival}.', speaker="rival")
     sad(s)
     s.say('"I [will never try again|am not good at anything]!" said {hero} and [stamped {his} foot|sat down in a corner].', speaker="hero")
@@ -173,7 +173,7 @@ def warning(s: Teller) -> None:
     """A warning is not heeded; a friend runs for help."""
     day(s)
     s.say('"[You may go out, but|Listen, {hero}:] do not {danger}," said {elder}.', speaker="elder")
-    s.say('"[Why not|I am not a baby]?" said {hero}.', speaker="hero")
+    s.say('"[Why not?|I am not a baby!]" said {hero}.', speaker="hero")
     s.say('"[It is dangerous|Because it is not safe]. [Promise me|Give me your word]."', speaker="elder")
     s.say('"[All right, I promise|I promise]," said {hero}[, with crossed fingers|].', speaker="hero")
     s.say("{hero} and {friend} [played|ran about] {place.at} with {his} {thing}[ for a while|].", place="place", holds={"thing": "hero"}, feeling="happy")

@@ -129,7 +129,7 @@ SKILLS = Dist(
         for base, gerund, past, fail in split(
             """ride a bicycle:riding a bicycle:rode down the whole lane:fell into a bush;
             swim:swimming:swam ten strokes without help:swallowed a lot of water;
-            play the fiddle:playing the fiddle:played a merry song:made the cat run away with the noise;
+            play the fiddle:playing the fiddle:played a merry song:made the cat run away;
             juggle:juggling:kept three balls in the air:dropped a ball on one toe;
             bake bread:baking bread:baked a round brown loaf:burned the crust black;
             skip stones:skipping stones:made a stone skip six times:watched each stone sink;
@@ -317,6 +317,7 @@ TOPICS = {
 }
 
 GENERAL: dict[str, Any] = {
+    "hero": NAMES,
     "friend": NAMES,
     "rival": NAMES,
     "elder": FAMILY,

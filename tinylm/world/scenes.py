@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 from .engine import Dist, Teller
 from .lexicon import BOYS, GIRLS
 
@@ -31,21 +33,24 @@ def opening(s: Teller) -> None:
         s.say("{He} was {trait.a} {child}[, and very fond of stories| with quick feet| with many questions|].", 0.6)
     if not s.knows("age"):
         s.say("{He} was {age} years old[, almost {age.next}|].", 0.6)
-    habits = [pastime, garment, pet] if s.chance(0.5) else [pet, garment, pastime]
-    for habit in habits:
+    for habit in s.choose(HABITS):
         habit(s)
 
 
 def pastime(s: Teller) -> None:
-    s.say("{He} [loved {pastime}|liked {pastime} more than anything|was happiest when {he} was {pastime}].", 0.55)
+    s.say("{He} [loved {pastime}|liked {pastime} more than anything|was happiest when {he} was {pastime}].")
 
 
 def garment(s: Teller) -> None:
-    s.say("{He} [always|nearly always] wore {hue.a} {garment}[ that {his} {elder.kin} had made|, even to bed|].", 0.5)
+    s.say("{He} [always|nearly always] wore {hue.a} {garment}[ that {his} {elder.kin} had made|, even to bed|].")
 
 
 def pet(s: Teller) -> None:
-    s.say("{He} had {pet.a} [named|called] {petname}[, and the two were always together|].", 0.45)
+    s.say("{He} had {pet.a} [named|called] {petname}[, and the two were always together|].")
+
+
+# Every order that can be told apart: an order drawn first and sentences dropped later would make one text two derivations.
+HABITS = Dist([(), *([h] for h in (pastime, garment, pet)), *permutations((pastime, garment, pet), 2), (pastime, garment, pet)])
 
 
 def day(s: Teller) -> None:
@@ -63,15 +68,15 @@ def sad(s: Teller) -> None:
     if s.knows("garment") and s.chance(0.5):
         s.say("{hero} [wiped {his} eyes with|hid {his} face in|pulled at] {his} {hue} {garment}.", feeling="sad")
     else:
-        s.say("[A tear ran down {his} cheek|{His} lip began to tremble|{His} heart felt as heavy as a stone|{He} felt very small].", feeling="sad")
+        s.say("[A tear ran down {hero}'s cheek|{hero}'s lip began to tremble|{hero}'s heart felt as heavy as a stone|{hero} felt very small].", feeling="sad")
     if s.knows("pet"):
-        s.say("{petname} [{pet.worried}|came close and {pet.worried}].", 0.6)
+        s.say("{petname} {pet.worried}.", 0.6)
 
 
 def glad(s: Teller) -> None:
     """The hero is happy, in the hero's own way."""
     s.say(
-        "[{hero} laughed out loud|{hero} jumped for joy|{hero} felt warm all over|{His} heart beat with joy|{hero} smiled from ear to ear].",
+        "[{hero} laughed out loud|{hero} jumped for joy|{hero} felt warm all over|{hero}'s heart beat with joy|{hero} smiled from ear to ear].",
         feeling="happy",
     )
     if s.knows("pet"):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from . import hearts, things
-from .engine import Dist, Teller, Word
+from .engine import Dist, Teller
 from .lexicon import GENERAL, TOPICS
 from .scenes import evening, opening
 
@@ -19,7 +19,7 @@ def program(topics: Dist, plots: Dist, facts: Mapping[str, Dist] | None = None) 
         topics: over names of TOPICS. plots: over names of PLOTS.
         facts: topic -> distribution over the Words of `facts.Fact`s; None tells no facts.
     """
-    casts = {name: {**GENERAL, "hero": NAMES, **TOPICS[name].cast} for name in topics.options}
+    casts = {name: {**GENERAL, **TOPICS[name].cast} for name in topics.options}
 
     def story(s: Teller) -> None:
         topic = s.choose(topics)
@@ -28,21 +28,12 @@ def program(topics: Dist, plots: Dist, facts: Mapping[str, Dist] | None = None) 
         opening(s)
         if facts is not None:
             s.let(neighbour=facts[topic])
-            s.say("[Not far away lived|Their neighbour was|Next door lived] {neighbour.full}.", feature="fact")
             s.say("{neighbour.fact}", feature="fact")
         plot = s.choose(plots)
         s.labels["plot"] = plot
         PLOTS[plot](s)
         evening(s)
+        if facts is not None:
+            s.say("Even {neighbour}'s {neighbour.kept} were [asleep|quiet|at rest] by then.", 0.25, feature="fact")
 
     return story
-
-
-def topic_dist(names: Sequence[str], weights: Sequence[float] | None) -> Dist:
-    """A distribution over topics by name."""
-    return Dist(names, weights)
-
-
-from .lexicon import NAMES  # noqa: E402
-
-__all__ = ["PLOTS", "Word", "program", "topic_dist"]

@@ -57,9 +57,9 @@ def broken(s: Teller) -> None:
 def trade(s: Teller) -> None:
     """A trade that seemed good is regretted, and undone."""
     s.paragraph()
-    s.say("{hero} [owned|had] {colour.a} {thing}. It had [belonged to {his} {elder.kin}|been a birthday present].", holds={"thing": "hero"})
+    s.say("{hero} [owned|had] {colour.a} {thing}. It [had once belonged to|was a present from] {his} {elder.kin}.", holds={"thing": "hero"})
     day(s)
-    s.say("{friend} came {place.to} with a [shiny|brand new|splendid] {thing2}.", place="place", holds={"thing2": "friend"})
+    s.say("{hero} met {friend} {place.at}, and {friend} had brought a [shiny|brand new|splendid] {thing2}.", place="place", holds={"thing2": "friend"})
     s.say('"[Oh, how fine|I want one too]!" [cried|said] {hero}.', speaker="hero", feeling="jealous")
     s.say('"I will trade it for your {thing}," said {friend}.', speaker="friend")
     s.say("{hero} [did not think long|nodded at once], and they [shook hands|traded].", holds={"thing": "friend", "thing2": "hero"}, feeling="happy")
@@ -103,7 +103,7 @@ def sharing(s: Teller) -> None:
 def errand(s: Teller) -> None:
     """A basket has to arrive full, and there are many who would like some."""
     day(s)
-    s.say('"[Please take|Will you take] these {number} {food.s} to {adult.full}?" said {elder}.', speaker="elder", holds={"food": "hero"})
+    s.say('"Will you [please |]take these {number} {food.s} to {adult.full}?" said {elder}.', speaker="elder", holds={"food": "hero"})
     s.say('"[{Adult.he} is waiting|{Adult.he} is ill and cannot go out|It is a present for {adult.him}], so do not [stop|eat any]."', speaker="elder")
     s.say("{hero} [took the basket|put on {his} shoes] and [set off|went on {his} way].", feeling="proud")
     s.paragraph()
@@ -112,7 +112,7 @@ def errand(s: Teller) -> None:
     s.say('"I cannot. They are for {adult}," said {hero}.', speaker="hero", feeling="firm")
     s.say("Next, {hero} met {animal.a} [with hungry eyes|that sniffed at the basket].", 0.6)
     s.say("{His} own mouth watered[, but {he} walked faster|, but {he} counted all {number} and walked on].")
-    s.say("[Suddenly|Then], {he} tripped, and the basket [flew through the air|tipped over]!", feature="twist", feeling="scared")
+    s.say("[Suddenly|Then] {he} tripped, and the basket [flew through the air|tipped over]!", feature="twist", feeling="scared")
     s.say("{friend} [had followed and caught it|jumped forward and caught it] [just in time|before it hit the ground].", holds={"food": "friend"})
     s.say('"[Thank you|You saved them], {friend}!" said {hero}.', speaker="hero", feeling="thankful", holds={"food": "hero"})
     s.paragraph()

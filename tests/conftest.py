@@ -1,0 +1,25 @@
+"""What all tests share: shape checking of every annotated function, the real data, one compilation cache."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before JAX starts, here and in every process a test starts: CPU only, and programs compiled once for all of them.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "tinylm-test-compilations"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+from jaxtyping import install_import_hook
+
+install_import_hook("tinylm", "beartype.beartype")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with TinyStories, published checkpoints and the like; not part of the project."""
+    folder = Path(os.environ.get("TINYLM_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real data: {folder} is absent (set TINYLM_DATA)")
+    return folder

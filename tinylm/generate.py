@@ -1,0 +1,312 @@
+"""Text from a decoder: batched sampling with the key/value cache, the token loop inside `jax.jit`, streamed out.
+
+    generate(model, "Once upon a time", tokens=200)            one text, prompt included
+    generate(model, ["The cat", "The dog"], seed=3)            one text per prompt
+    for piece in stream(model, "Once"): print(piece, end="")   as it is made
+
+A seed gives the same text whatever the chunk size and whichever other prompts share the batch, up to float rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from tinylm.config import Config
+from tinylm.model import Cache, Transformer
+from tinylm.weights import bind, check_tokens, pure
+
+
+class GenerateError(ValueError):
+    """A prompt, model or setting nothing can be generated with; the message names it and the remedy."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling(Config):
+    """How the next token is picked from the logits. The settings act in the order they are listed.
+
+    Attributes:
+        repetition_penalty: logits of tokens already in the text are divided by it where positive and multiplied where
+            negative (Keskar et al. 2019); 1 is off.
+        temperature: divides the logits; 0 takes the most probable token.
+        top_k: only the k most probable; 0 is off.
+        top_p: only the smallest set of most probable tokens with at least this much probability
+            (Holtzman et al. 2020); 1 is off.
+        min_p: only tokens with at least this share of the most probable one's probability (Nguyen et al. 2024).
+    """
+
+    repetition_penalty: float = 1.0
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.repetition_penalty > 0, "repetition_penalty", "must be above 0; 1 is off")
+        self._require(self.temperature >= 0, "temperature", "must not be negative; 0 takes the most probable token")
+        self._require(self.top_k >= 0, "top_k", "must not be negative; 0 is off")
+        self._require(0 < self.top_p <= 1, "top_p", "must be above 0 and at most 1; 1 is off")
+        self._require(0 <= self.min_p <= 1, "min_p", "must be between 0 and 1; 0 is off")
+
+
+class Settings(NamedTuple):
+    """`Sampling` as arrays, so that another temperature compiles nothing."""
+
+    repetition_penalty: Any
+    temperature: Any
+    top_k: Any
+    top_p: Any
+    min_p: Any
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> Settings:
+        return cls(
+            *(np.asarray(getattr(sampling, name), np.int32 if name == "top_k" else np.float32) for name in cls._fields)
+        )
+
+
+def filtered(logits: Float[Array, "B V"], settings: Settings) -> Float[Array, "B V"]:
+    """Logits with every token that top-k, top-p or min-p forbids at -inf."""
+    vocab = logits.shape[-1]
+    order = jnp.argsort(-logits, axis=-1)
+    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    k = jnp.where(settings.top_k == 0, vocab, settings.top_k)
+    ranked = jnp.where(jnp.arange(vocab) < k, ranked, -jnp.inf)
+    share = jax.nn.softmax(ranked, axis=-1)
+    before = jnp.cumsum(share, axis=-1) - share  # probability of all that rank higher: the first token always stays
+    kept = (before < settings.top_p) & (share >= settings.min_p * share[:, :1]) & jnp.isfinite(ranked)
+    back = jnp.argsort(order, axis=-1)
+    return jnp.where(jnp.take_along_axis(kept, back, axis=-1), logits, -jnp.inf)
+
+
+def pick(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], settings: Settings, keys: Array) -> Int[Array, " B"]:
+    """The next token of each row; `seen` marks the tokens in its text, `keys` holds one random key per row."""
+    logits = logits.astype(jnp.float32)
+    punished = jnp.where(logits > 0, logits / settings.repetition_penalty, logits * settings.repetition_penalty)
+    logits = jnp.where(seen, punished, logits)
+
+    def sample(logits: Array) -> Array:
+        logits = logits / settings.temperature
+        plain = (settings.top_k == 0) & (settings.top_p >= 1) & (settings.min_p <= 0)
+        # Sorting the vocabulary costs more than a tiny model's forward pass: only when a filter is on.
+        logits = jax.lax.cond(plain, lambda x: x, lambda x: filtered(x, settings), logits)
+        return jax.vmap(jax.random.categorical)(keys, logits)
+
+    return jax.lax.cond(settings.temperature > 0, sample, lambda x: jnp.argmax(x, axis=-1), logits).astype(jnp.int32)
+
+
+class Text(NamedTuple):
+    """A batch of texts in the making."""
+
+    cache: Cache
+    logits: Float[Array, "B V"]
+    """For the token that comes next."""
+    seen: Bool[Array, "B V"]
+
+
+@functools.lru_cache(maxsize=16)
+def compiled(graph: Any) -> tuple[Callable, Callable]:
+    """`read` and `write` of one architecture: the two programs generation consists of."""
+
+    def read(params: dict, tokens: Array, lengths: Array, seen: Array) -> Text:
+        """Read the prompts, (B T) padded on the right, into an empty cache.
+
+        Padding needs no mask: it lies after each row's last token, and is overwritten as the row grows.
+        """
+        model = bind(graph, params)
+        cache = Cache.empty(model.config, len(tokens), dtype=model.embed.weight().dtype)
+        x, cache = model.trunk(tokens, cache=cache)
+        logits = model.unembed(x[jnp.arange(len(tokens)), lengths - 1])
+        return Text(cache._replace(length=lengths), logits, seen)
+
+    def write(
+        params: dict, text: Text, settings: Settings, seed: Array, first: Array, count: int
+    ) -> tuple[Text, Array]:
+        """`count` more tokens per row, (B count); `first` is the number of tokens made before."""
+        model = bind(graph, params)
+        rows = jnp.arange(len(text.logits))
+        key = jax.random.key(seed)
+
+        def one(text: Text, number: Array) -> tuple[Text, Array]:
+            keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), number))(rows)
+            token = pick(text.logits, text.seen, settings, keys)
+            x, cache = model.trunk(token[:, None], cache=text.cache)
+            return Text(cache, model.unembed(x[:, 0]), text.seen.at[rows, token].set(True)), token
+
+        text, tokens = jax.lax.scan(one, text, first + jnp.arange(count))
+        return text, tokens.T
+
+    return jax.jit(read), jax.jit(write, static_argnames="count", donate_argnums=1)
+
+
+def generate_tokens(
+    model: Transformer,
+    prompts: Sequence[Sequence[int] | np.ndarray],
+    *,
+    tokens: int,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    chunk: int = 16,
+) -> Iterator[np.ndarray]:
+    """Yield arrays (B, n), the next n token ids of every prompt, until `tokens` of them were made.
+
+    A text that outgrows the context goes on from its newest half: the cache is filled anew with those tokens.
+
+    Args:
+        model: a decoder. prompts: token ids, at least one each (usually the end token first).
+        tokens: how many to make. sampling: default `Sampling()`. seed: of the choices.
+        chunk: tokens made per call of the compiled loop; more is a little faster, fewer streams more smoothly.
+
+    Raises:
+        GenerateError: the model is an encoder, a prompt is empty, `tokens` is negative. ValueError: ids out of range.
+    """
+    config = model.config
+    if config.kind != "decoder":
+        raise GenerateError(f"this model is an {config.kind}: it fills gaps and cannot continue a text; load a decoder")
+    if tokens < 0 or chunk < 1:
+        raise GenerateError(f"tokens = {tokens}, chunk = {chunk}: give at least 0 and 1")
+    texts = [check_tokens(prompt, config.vocab).tolist() for prompt in prompts]
+    if not texts or not all(texts):
+        raise GenerateError("a prompt without tokens cannot be continued; start with the tokenizer's end token")
+    graph, params = pure(model)
+    read, write = compiled(graph)
+    settings = Settings.of(sampling or Sampling())
+    chunk = max(1, min(chunk, config.context // 2))
+    text, made, room = None, 0, 0
+    while made < tokens:
+        if text is None or room < chunk:
+            text, room = start(texts, config.context, config.vocab, functools.partial(read, params), chunk)
+        text, new = write(params, text, settings, np.uint32(seed), np.int32(made), count=chunk)
+        new = np.asarray(new)[:, : tokens - made]
+        for row, ids in zip(texts, new.tolist(), strict=True):
+            row.extend(ids)
+        made, room = made + new.shape[1], room - chunk
+        yield new
+
+
+def start(texts: list[list[int]], context: int, vocab: int, read: Callable, chunk: int) -> tuple[Text, int]:
+    """Read what fits of each text; returns it and how many tokens every row has room for.
+
+    A text that fills the context is cut to its newest half, so that reading again is rare.
+    """
+    fits = context - chunk
+    tails = [ids if len(ids) <= fits else ids[-max(1, context // 2) :] for ids in texts]
+    tails = [ids[-fits:] if fits and len(ids) > fits else ids for ids in tails]
+    longest = max(map(len, tails))
+    width = min(context, -(-longest // 32) * 32)  # a multiple of 32: few shapes to compile
+    tokens = np.zeros((len(tails), width), np.int32)
+    seen = np.zeros((len(tails), vocab), bool)
+    for row, (ids, whole) in enumerate(zip(tails, texts, strict=True)):
+        tokens[row, : len(ids)] = ids
+        seen[row, whole] = True
+    lengths = np.array([len(ids) for ids in tails], np.int32)
+    return read(tokens, lengths, seen), context - longest
+
+
+def stream(
+    model: Transformer,
+    prompt: str = "",
+    *,
+    tokens: int = 256,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    chunk: int = 8,
+    **sampling: Any,
+) -> Iterator[str]:
+    """Yield the continuation of `prompt` in pieces of text, until the model ends it.
+
+    Args:
+        model: a decoder with a tokenizer (`tinylm.load` brings it along).
+        prompt: beginning of the text; empty lets the model begin.
+        tokens: at most so many. seed: of the choices. chunk: see `generate_tokens`.
+        stop: texts at which to end; they are not part of the result.
+        sampling: fields of `Sampling`, such as `temperature=0.7`.
+
+    Raises:
+        GenerateError, ConfigError.
+    """
+    tokenizer = tokenizer_of(model)
+    decoder, text, shown = tokenizer.stream(), "", 0
+    hold = max((len(s) for s in stop), default=1) - 1  # a stop text may begin in the pieces held back
+    for ids in generate_tokens(
+        model,
+        [prompt_ids(tokenizer, prompt)],
+        tokens=tokens,
+        sampling=Sampling.from_dict(sampling),
+        seed=seed,
+        chunk=chunk,
+    ):
+        row = ids[0].tolist()
+        ended = tokenizer.end in row
+        for token in row[: row.index(tokenizer.end)] if ended else row:
+            text += decoder.push(token)
+        if ended:
+            text += decoder.flush()
+        found = [at for s in stop if s and (at := text.find(s)) >= 0]
+        until = min(found) if found else len(text) if ended else max(shown, len(text) - hold)
+        if until > shown:
+            yield text[shown:until]
+            shown = until
+        if ended or found:
+            return
+    text += decoder.flush()
+    if text[shown:]:
+        yield text[shown:]
+
+
+@overload
+def generate(model: Transformer, prompt: str = "", **settings: Any) -> str: ...
+@overload
+def generate(model: Transformer, prompt: Sequence[str], **settings: Any) -> list[str]: ...
+def generate(
+    model: Transformer,
+    prompt: str | Sequence[str] = "",
+    *,
+    tokens: int = 256,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    **sampling: Any,
+) -> str | list[str]:
+    """The whole text, prompt included; a list of prompts gives a list, generated side by side.
+
+    Arguments and errors as in `stream`. Each text ends where the model ends it, at a `stop` text, or after `tokens`.
+    """
+    tokenizer = tokenizer_of(model)
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        return []
+    made: list[list[int]] = [[] for _ in prompts]
+    starts = [prompt_ids(tokenizer, p) for p in prompts]
+    for ids in generate_tokens(model, starts, tokens=tokens, sampling=Sampling.from_dict(sampling), seed=seed):
+        for row, new in zip(made, ids.tolist(), strict=True):
+            row.extend(new)
+        if all(tokenizer.end in row for row in made):
+            break
+    texts = []
+    for p, row in zip(prompts, made, strict=True):
+        text = tokenizer.decode(row[: row.index(tokenizer.end)] if tokenizer.end in row else row)
+        cut = min((at for s in stop if s and (at := text.find(s)) >= 0), default=len(text))
+        texts.append(p + text[:cut])
+    return texts[0] if isinstance(prompt, str) else texts
+
+
+def tokenizer_of(model: Transformer) -> Any:
+    """The model's tokenizer. Raises GenerateError when it has none, or one without an end token."""
+    if model.tokenizer is None:
+        raise GenerateError("this model has no tokenizer; load it from a folder with one, or set model.tokenizer")
+    if model.tokenizer.end is None:
+        raise GenerateError("this model's tokenizer has no end token, so no text could begin or end")
+    return model.tokenizer
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> np.ndarray:
+    """The end token, behind which every text of the training data began, then the prompt."""
+    return np.concatenate([[tokenizer.end], tokenizer.encode(prompt)]).astype(np.int32)
