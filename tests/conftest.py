@@ -11,7 +11,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 from jaxtyping import install_import_hook
 
-install_import_hook("tinylm", "beartype.beartype")
+# The rooms with shapes in their signatures.
+SHAPED = ("taps", "weights", "model", "optim", "step", "generation")
+install_import_hook([f"tinylm.{room}" for room in SHAPED], "beartype.beartype")
 
 import pytest
 

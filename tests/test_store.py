@@ -4,10 +4,12 @@ import errno
 import hashlib
 import json
 import os
+import resource
 import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -94,7 +96,6 @@ def test_numpy_scalars_in_metadata(tmp_path):
         ({"x": np.array([object()])}, {}, ValueError, "'x' has type object"),
         ({"x": np.zeros(2, np.complex128)}, {}, ValueError, "complex128"),
         ({"__metadata__": np.zeros(2)}, {}, ValueError, "cannot be a tensor's name"),
-        ({3: np.zeros(2)}, {}, ValueError, "3 cannot be"),
         ({"\ud800": np.zeros(2)}, {}, ValueError, "Unicode"),
         ({}, {"x": object()}, TypeError, "json"),
         ({}, {"x": "y" * 2**24}, ValueError, "over the limit"),
@@ -289,8 +290,6 @@ def test_an_unreadable_disk_is_damage(path, monkeypatch):
 
 def test_allocation_follows_the_file_not_its_claims(tmp_path):
     """A header may claim terabytes; nothing is allocated for it (the claim is checked against the file's length)."""
-    import tracemalloc
-
     claim = {"dtype": "F64", "shape": [2**40], "data_offsets": [0, 2**43]}
     (tmp_path / "x").write_bytes(crafted({"__metadata__": ABOUT, "x": claim}))
     tracemalloc.start()
@@ -316,8 +315,6 @@ def test_a_full_disk_is_noticed_before_writing(path, monkeypatch):
 
 
 def test_a_limit_on_file_size_leaves_no_litter(path):
-    import resource
-
     before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:

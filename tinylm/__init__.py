@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 PUBLIC = {
     "ConfigError": "config",
     "ModelConfig": "config",
+    "Sampling": "config",
     "TrainConfig": "config",
     "preset": "presets",
     "size": "presets",

@@ -104,25 +104,27 @@ class ModelConfig(Config):
         context: longest sequence, in tokens.
         width: features per position in the residual stream (d_model).
         layers: number of blocks.
-        heads: query heads per block; `width` need not be divisible by it when `head_width` is given.
-        kv_heads: key/value heads (grouped queries); 0 means as many as `heads`.
-        head_width: features per head; 0 means width / heads.
-        hidden: features inside the MLP; 0 means 4 width, or 8/3 width rounded up to 32 for a gated MLP.
-        norm: normalisation layer; `norm_eps` is added to the variance.
+        heads: query heads per block; must divide width unless head_width is given.
+        kv_heads: key/value heads (grouped queries); 0: as many as heads.
+        head_width: features per head; 0: width / heads.
+        hidden: features inside the MLP; 0: 4 width, or 8/3 width rounded up to 32 when it is gated.
+        norm: normalisation layer.
+        norm_eps: added to the variance in it.
         block: where norms and sums sit: "pre" (GPT-2, Llama), "post" (BERT), "parallel" (GPT-NeoX).
-        mlp: activation; "swiglu", "geglu", "reglu" are gated; "gelu_tanh" is GPT-2's approximation.
-        positions: "rope", "learned" or "none"; a tuple alternates "rope" and "none" over the layers.
+        mlp: activation; swiglu, geglu and reglu are gated; gelu_tanh is GPT-2's approximation.
+        positions: "rope", "learned" or "none"; several alternate "rope" and "none" over the layers.
         theta: base of the rotary angles.
-        window: attention reaches this many tokens back, itself included; 0 is the whole context; a tuple alternates.
-        attention_scale: factor on the scores; 0 means 1 / sqrt(head_width); GPT-Neo uses 1.
+        window: attention reaches this many tokens back, itself included; 0: all; several alternate over the layers.
+        attention_scale: factor on the scores; 0: 1 / sqrt(head_width); GPT-Neo uses 1.
         qk_norm: RMSNorm of each query and key head before the rotation, learned scale.
-        softcap: logits become softcap * tanh(logits / softcap); 0 is off.
+        softcap: logits become softcap * tanh(logits / softcap); 0: off.
         head: "tied" (the embedding, transposed), "untied", or "mlm" (BERT's: dense, gelu, norm, tied, bias).
-        bias: a bias in every linear layer; `qkv_bias` overrides it for query, key and value (None: the same).
+        bias: a bias in every linear layer.
+        qkv_bias: the same for query, key and value alone; None: as bias.
         embed_norm: a norm right after the embeddings (BERT).
-        token_types: number of segment embeddings (BERT's token_type_ids); 0 is none.
-        dropout: probability of dropping, on embeddings, attention patterns and block outputs; needs a key in the call.
-        init_std: standard deviation of every initial matrix; 0 means 1 / sqrt(inputs) (see `model.initialize`).
+        token_types: number of segment embeddings (BERT's token_type_ids); 0: none.
+        dropout: share dropped of embeddings, attention patterns and block outputs, in training only.
+        init_std: standard deviation of every initial matrix; 0: the kit's own table (`weights.initialize`).
     """
 
     kind: Kind = "decoder"
@@ -201,20 +203,30 @@ class TrainConfig(Config):
 
     Attributes:
         steps: optimiser steps.
-        tokens: training tokens (targets); turned into steps.
+        tokens: training tokens (predicted ones); turned into steps.
         budget: seconds of wall clock, compilation included; the schedule then follows the clock.
-        batch: sequences per optimiser step; length: tokens per sequence (0 means the model's context).
+        batch: sequences per optimiser step.
+        length: tokens per sequence; 0: the model's context.
         accumulate: the batch is computed in this many parts, one after the other.
-        objective: "next_token", or "mlm" with `mask_rate` of the positions masked (80/10/10).
+        objective: "next_token", or "mlm" (mask_rate of the positions hidden: 80% mask, 10% random, 10% kept).
+        mask_rate: share of positions that mlm predicts.
         optimizer: "adamw", or "muon" (Muon for matrices inside the blocks, AdamW for the rest).
-        learning_rate: peak. schedule: its shape; final: last value as a share of the peak.
-        warmup: steps of linear rise from 0 (excluded) to the peak. decay: share of the run that "wsd" decays over.
-        beta1, beta2, eps: Adam's. weight_decay: decoupled, on matrices only, scaled by the learning rate.
-        clip: largest global gradient norm; 0 is off.
+        learning_rate: its peak.
+        schedule: its shape after the warm-up; "wsd" is constant, then falls linearly.
+        final: its last value as a share of the peak.
+        warmup: steps of linear rise to the peak.
+        decay: share of the run that "wsd" falls over.
+        beta1: of Adam, decay of the mean.
+        beta2: of Adam, decay of the square.
+        eps: of Adam.
+        weight_decay: decoupled, on matrices and embeddings, scaled by the learning rate.
+        clip: largest global gradient norm; 0: off.
         dtype: arithmetic of the forward and backward pass; weights and optimiser state stay float32.
         seed: of the initial weights, the data order, the masks and dropout.
-        log_every: steps between two lines of run.jsonl. eval_every: steps between validations (0: at the end only).
-        eval_batches: batches per validation. save_every: seconds between checkpoints (0: at the end only).
+        log_every: steps between two lines of run.jsonl.
+        eval_every: steps between validations; 0: at the end only.
+        eval_batches: batches per validation.
+        save_every: seconds between checkpoints; 0: at the end only.
         keep: newest checkpoints that stay on disk.
     """
 
@@ -274,3 +286,32 @@ class TrainConfig(Config):
             self._require(0 <= getattr(self, field) < 1, field, "must be at least 0 and below 1")
         for field in ("final", "decay"):
             self._require(0 <= getattr(self, field) <= 1, field, "must be between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling(Config):
+    """How the next token is picked from the logits. The settings act in the order they are listed.
+
+    Attributes:
+        repetition_penalty: logits of tokens already in the text are divided by it where positive and multiplied where
+            negative (Keskar et al. 2019); 1 is off.
+        temperature: divides the logits; 0 takes the most probable token.
+        top_k: only the k most probable; 0 is off.
+        top_p: only the smallest set of most probable tokens with at least this much probability
+            (Holtzman et al. 2020); 1 is off.
+        min_p: only tokens with at least this share of the most probable one's probability (Nguyen et al. 2024).
+    """
+
+    repetition_penalty: float = 1.0
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.repetition_penalty > 0, "repetition_penalty", "must be above 0; 1 is off")
+        self._require(self.temperature >= 0, "temperature", "must not be negative; 0 takes the most probable token")
+        self._require(self.top_k >= 0, "top_k", "must not be negative; 0 is off")
+        self._require(0 < self.top_p <= 1, "top_p", "must be above 0 and at most 1; 1 is off")
+        self._require(0 <= self.min_p <= 1, "min_p", "must be between 0 and 1; 0 is off")

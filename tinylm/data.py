@@ -236,10 +236,12 @@ class Masked:
         chosen = (rng.random(original.shape, np.float32) < self.rate) & free
         if not chosen.any() and free.any():
             chosen.reshape(-1)[rng.choice(np.flatnonzero(free))] = True
-        way = rng.random(original.shape, np.float32)
-        drawn = rng.integers(0, self.vocab, original.shape, np.int32)
-        tokens = np.where(chosen & (way < 0.8), np.int32(self.mask), original)
-        tokens = np.where(chosen & (way >= 0.8) & (way < 0.9), drawn, tokens)
+        tokens = original.copy()
+        at = np.flatnonzero(chosen)
+        way = rng.random(len(at), np.float32)
+        tokens.reshape(-1)[at[way < 0.8]] = self.mask
+        drawn = at[(way >= 0.8) & (way < 0.9)]
+        tokens.reshape(-1)[drawn] = rng.integers(0, self.vocab, len(drawn), np.int32)
         return Batch(tokens, original, chosen.astype(np.float32), batch.positions, segments)
 
     def describe(self) -> dict[str, Any]:

@@ -135,10 +135,11 @@ def evaluate(
     if context > config.context:
         raise EvaluationError(f"context = {context} is longer than the model's {config.context}; leave it out")
     graphdef, state = nnx.split(model)
-    return _evaluation(
-        _read(source, limit), tokenizer, functools.partial(_model_logprobs, graphdef, state),
-        context=context, stride=stride, batch=batch, seed=seed, lossy=lossy, most=config.vocab,
-    )  # fmt: skip
+    with jax.default_matmul_precision("float32"):  # a GPU would take TF32, three digits
+        return _evaluation(
+            _read(source, limit), tokenizer, functools.partial(_model_logprobs, graphdef, state),
+            context=context, stride=stride, batch=batch, seed=seed, lossy=lossy, most=config.vocab,
+        )  # fmt: skip
 
 
 def score(
@@ -210,7 +211,7 @@ def _matching(model: Any, tokenizer: Any) -> Any:
 def _read(source: str | os.PathLike | Iterable[str], limit: int | None) -> list[str]:
     try:
         texts = list(read_documents(source, limit=limit))
-    except TextError as error:
+    except (TextError, OSError) as error:
         raise EvaluationError(str(error)) from error
     if not texts:
         raise EvaluationError(f"there is no text to score in {source!r:.80}")
@@ -312,7 +313,12 @@ def _evaluation(
 
 
 def evaluation(
-    documents: Sequence[str], bits: np.ndarray, *, tokens: int | None = None, seed: int = 0, **settings: Any
+    documents: Sequence[str],
+    bits: np.ndarray | Sequence[float],
+    *,
+    tokens: int | None = None,
+    seed: int = 0,
+    **settings: Any,
 ) -> Evaluation:
     """An `Evaluation` from bits per document, whoever computed them (`KneserNey.bits`, a world, another program)."""
     raw = [text.encode() for text in documents]

@@ -27,7 +27,7 @@ FORMAT = 1
 INVISIBLE = {".ipynb_checkpoints", ".DS_Store"}
 
 
-class RunLocked(RuntimeError):  # noqa: N818 a state of the world, as BlockingIOError is
+class RunLocked(RuntimeError):
     """Somebody else writes this run; the message names the process, its host and since when."""
 
 

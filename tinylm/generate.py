@@ -9,7 +9,6 @@ A seed gives the same text whatever the chunk size and whichever other prompts s
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, overload
@@ -19,42 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from tinylm.config import Config
+from tinylm.config import Sampling
 from tinylm.model import Cache, Transformer
 from tinylm.weights import bind, check_tokens, pure
 
 
 class GenerateError(ValueError):
     """A prompt, model or setting nothing can be generated with; the message names it and the remedy."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling(Config):
-    """How the next token is picked from the logits. The settings act in the order they are listed.
-
-    Attributes:
-        repetition_penalty: logits of tokens already in the text are divided by it where positive and multiplied where
-            negative (Keskar et al. 2019); 1 is off.
-        temperature: divides the logits; 0 takes the most probable token.
-        top_k: only the k most probable; 0 is off.
-        top_p: only the smallest set of most probable tokens with at least this much probability
-            (Holtzman et al. 2020); 1 is off.
-        min_p: only tokens with at least this share of the most probable one's probability (Nguyen et al. 2024).
-    """
-
-    repetition_penalty: float = 1.0
-    temperature: float = 0.8
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.repetition_penalty > 0, "repetition_penalty", "must be above 0; 1 is off")
-        self._require(self.temperature >= 0, "temperature", "must not be negative; 0 takes the most probable token")
-        self._require(self.top_k >= 0, "top_k", "must not be negative; 0 is off")
-        self._require(0 < self.top_p <= 1, "top_p", "must be above 0 and at most 1; 1 is off")
-        self._require(0 <= self.min_p <= 1, "min_p", "must be between 0 and 1; 0 is off")
 
 
 class Settings(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import io
 import itertools
 import json
 import os
@@ -16,12 +17,11 @@ import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any
 
 END = "<|endoftext|>"
 CHUNK = 2**20
 READABLE = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
-Errors = Literal["strict", "replace", "ignore"]
 
 
 class TextError(ValueError):
@@ -32,7 +32,7 @@ def documents(
     source: str | os.PathLike | Iterable[str],
     *,
     separator: str | None = END,
-    errors: Errors = "strict",
+    errors: str = "strict",
     field: str = "text",
     limit: int | None = None,
 ) -> Iterator[str]:
@@ -82,7 +82,7 @@ def _given(source: Iterable[str]) -> Iterator[str]:
         yield text
 
 
-def _named(source: str, separator: str | None, errors: Errors, field: str) -> Iterator[str]:
+def _named(source: str, separator: str | None, errors: str, field: str) -> Iterator[str]:
     if source.startswith("hf:"):
         yield from _hub(source, field)
         return
@@ -113,8 +113,8 @@ def _named(source: str, separator: str | None, errors: Errors, field: str) -> It
             yield from _split(_text(file, errors), separator)
 
 
-def _open(file: Path) -> IO[bytes]:
-    return gzip.open(file, "rb") if file.name.lower().endswith(".gz") else file.open("rb")  # type: ignore[return-value]
+def _open(file: Path) -> io.BufferedIOBase:
+    return gzip.open(file, "rb") if file.name.lower().endswith(".gz") else file.open("rb")
 
 
 def _chunks(file: Path, by_line: bool = False) -> Iterator[bytes]:
@@ -135,7 +135,7 @@ def _chunks(file: Path, by_line: bool = False) -> Iterator[bytes]:
 class _Decoder:
     """Bytes to text with the place of the first bad byte, or the count of repaired ones."""
 
-    def __init__(self, file: Path, errors: Errors) -> None:
+    def __init__(self, file: Path, errors: str) -> None:
         self.file, self.errors, self.offset, self.line, self.bad = file, errors, 0, 1, 0
         self.rest = b""
 
@@ -166,7 +166,7 @@ class _Decoder:
             warnings.warn(f"{self.file}: {self.bad} invalid UTF-8 sequences {did}", stacklevel=2)
 
 
-def _text(file: Path, errors: Errors) -> Iterator[str]:
+def _text(file: Path, errors: str) -> Iterator[str]:
     decoder = _Decoder(file, errors)
     for raw in _chunks(file):
         yield decoder.feed(raw)
@@ -194,7 +194,7 @@ def _split(pieces: Iterable[str], separator: str | None) -> Iterator[str]:
     yield "".join([*held, tail])
 
 
-def _jsonl(file: Path, errors: Errors, field: str) -> Iterator[str]:
+def _jsonl(file: Path, errors: str, field: str) -> Iterator[str]:
     decoder = _Decoder(file, errors)
     for number, raw in enumerate(_chunks(file, by_line=True), 1):
         line = decoder.feed(raw, final=True)

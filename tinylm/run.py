@@ -19,7 +19,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +45,7 @@ from tinylm.store import (
     StateMismatch,
     clear_leftovers,
     leftover,
+    named_errors,
     read_file,
     sync_folder,
     verify_file,
@@ -54,7 +55,8 @@ from tinylm.store import (
 from tinylm.tokenizer import Tokenizer
 
 STEP = re.compile(r"step-([0-9]{8,})\.safetensors")
-OURS_BEFORE_CONFIG = {"lock", "tokenizer.json", "run.jsonl", "checkpoints"}  # what a crash inside `create` may leave
+# what a crash inside `create` may leave, and the token shards that were made for this run
+OURS_BEFORE_CONFIG = {"lock", "tokenizer.json", "run.jsonl", "checkpoints", "data"}
 
 
 class Run:
@@ -88,7 +90,7 @@ class Run:
         train: TrainConfig,
         tokenizer: Tokenizer | None = None,
         data: Mapping[str, Any] | None = None,
-    ) -> Self:
+    ) -> Run:
         """A new run, open for writing. Raises FileExistsError for a folder that holds anything, RunLocked."""
         folder = Path(folder)
         config = {
@@ -117,7 +119,7 @@ class Run:
             raise
 
     @classmethod
-    def open(cls, folder: PathLike, *, write: bool = False) -> Self:
+    def open(cls, folder: PathLike, *, write: bool = False) -> Run:
         """An existing run. With `write`, take the lock and clear what a crash left behind.
 
         Raises FileNotFoundError, RunLocked, CheckpointDamaged (config.json is no json), ConfigError, StateMismatch.
@@ -140,7 +142,7 @@ class Run:
             lock.release()
             raise
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> Run:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -175,16 +177,15 @@ class Run:
         """Append one json line to run.jsonl. Floats keep every digit; NaN and infinities, not json, become null."""
         self._writing()
         line = (json.dumps(_finite(record), allow_nan=False) + "\n").encode()
-        file = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            before = os.fstat(file).st_size
-            if os.write(file, line) != len(line):  # a full disk: no half line may stay in front of later ones
-                os.ftruncate(file, before)
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror}; not logged", str(self._log)) from error
-        finally:
-            os.close(file)
+        with named_errors(self._log, "not logged"):
+            file = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            try:
+                before = os.fstat(file).st_size
+                if os.write(file, line) != len(line):  # a full disk: no half line may stay in front of later ones
+                    os.ftruncate(file, before)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            finally:
+                os.close(file)
 
     def history(self) -> list[dict[str, Any]]:
         """Every record of run.jsonl, without a last line torn by a crash. CheckpointDamaged for any other bad line."""
@@ -349,16 +350,12 @@ class Run:
         return aside
 
     def _sync_log(self) -> None:
-        try:
-            file = os.open(self._log, os.O_RDONLY | os.O_CLOEXEC)
+        with named_errors(self._log, "not on the disk yet"):
+            file = os.open(self._log, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 os.fsync(file)
             finally:
                 os.close(file)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise OSError(error.errno, f"{error.strerror}; the log is not safe", str(self._log)) from error
 
     def _writing(self) -> None:
         if self._lock is None:

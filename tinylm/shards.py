@@ -293,7 +293,7 @@ class Tokens:
     def verify(self) -> None:
         """Hash every shard and check every id. Raises DataError naming the damaged file."""
         for (path, sha), part in zip(self._files, self._parts, strict=True):
-            found = hashlib.sha256(memoryview(part)).hexdigest()
+            found = hashlib.sha256(part.data).hexdigest()
             if found != sha:
                 raise DataError(
                     f"{path}: sha256 is {found[:16]}..., its sidecar says {sha[:16]}...: damaged; write it again"

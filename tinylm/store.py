@@ -57,11 +57,11 @@ LEFTOVER = re.compile(r"\.tinylm-[0-9a-f]{16}\.(tmp|trash)")
 PathLike = str | os.PathLike
 
 
-class CheckpointDamaged(ValueError):  # noqa: N818 the public name says what happened
+class CheckpointDamaged(ValueError):
     """A file that is not what was written: the message names the file and the reason. It is never loaded."""
 
 
-class StateMismatch(ValueError):  # noqa: N818
+class StateMismatch(ValueError):
     """A sound file that does not fit here: other names, shapes, types, settings, or a newer format."""
 
 
@@ -153,14 +153,24 @@ def replacing(path: PathLike, size: int) -> Iterator[int]:
 
 def sync_folder(folder: PathLike) -> None:
     """Make renames inside `folder` survive a power cut."""
-    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    with named_errors(folder, "not on the disk yet"):
+        file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(file)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # network and FUSE file systems that have no such call
+                raise
+        finally:
+            os.close(file)
+
+
+@contextlib.contextmanager
+def named_errors(path: PathLike, what: str) -> Iterator[None]:
+    """Give every OSError of the block the path and the words `what`; calls on descriptors know neither."""
     try:
-        os.fsync(file)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # network and FUSE file systems that have no such call
-            raise
-    finally:
-        os.close(file)
+        yield
+    except OSError as error:  # the constructor picks the subclass by the number
+        raise OSError(error.errno or errno.EIO, f"{error.strerror or error}; {what}", str(path)) from error
 
 
 def free_bytes(folder: PathLike) -> int | None:
@@ -186,7 +196,7 @@ def clear_leftovers(folder: PathLike) -> list[str]:
 def _storable(name: str, value: Any) -> np.ndarray:
     array = np.asarray(value, order="C")  # not ascontiguousarray: that turns a scalar into a vector
     dtype = array.dtype.newbyteorder("<")
-    if not isinstance(name, str) or name == "__metadata__":
+    if name == "__metadata__":
         raise ValueError(f"{name!r} cannot be a tensor's name")
     if dtype not in CODES:
         raise ValueError(f"tensor {name!r} has type {array.dtype}; a file can hold {', '.join(map(str, CODES))}")
@@ -253,10 +263,11 @@ def _read(path: PathLike, *, keep: bool) -> tuple[dict[str, np.ndarray], dict[st
     except OSError as error:
         raise CheckpointDamaged(f"{path} cannot be read: {error.strerror}") from error
     finally:
-        os.close(file)
+        with contextlib.suppress(OSError):  # nothing was written, nothing can be lost
+            os.close(file)
 
 
-class _Flaw(Exception):  # noqa: N818
+class _Flaw(Exception):
     """A reason, still without the file's name."""
 
 

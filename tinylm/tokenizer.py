@@ -16,7 +16,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -131,7 +131,7 @@ class Tokenizer:
         object.__setattr__(self, "lossless", False)
         unknown = self._raw["model"].get("unk_token")
         for name, i in checked.specials.items():
-            if name != unknown and i in self.encode(f"a {name}{name} b"):
+            if name != unknown and i in self.encode(f"{name} {name}{name} b"):
                 raise TokenizerError(f"the text {name!r} becomes special token {i}: user text could forge it")
         if checked.lossless:
             probe = "".join(map(chr, range(0x250))) + "##é <|endoftext|>\r\n  \u2003语🦙\u200d\U0010fffd\x00 Hello' s"
@@ -140,7 +140,7 @@ class Tokenizer:
     # ---- made, loaded, saved
 
     @classmethod
-    def train(cls, docs: Iterable[str], *, vocab: int = 4096, kind: Kind = "bpe") -> Tokenizer:
+    def train(cls, docs: Iterable[str], *, vocab: int = 4096, kind: str = "bpe") -> Tokenizer:
         """Learn a vocabulary from documents; deterministic. Fewer than `vocab` tokens result when the text is small.
 
         Raises TokenizerError when `docs` holds no text or `vocab` leaves no room for the special tokens and the bytes:
@@ -199,14 +199,15 @@ class Tokenizer:
         """(tokens,) int32. No end token is added. Raises TokenizerError for anything but valid Unicode text."""
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
         """One (tokens,) int32 array per text, on all cores."""
+        texts = list(texts)
         for i, text in enumerate(texts):
             if not isinstance(text, str):
                 raise TokenizerError(f"text {i}: expected str, got {type(text).__name__}")
         if self._lookup is not None:
             return [self._lookup[np.frombuffer(_utf8(text), np.uint8)] for text in texts]
-        cut = [list(_cut(text)) if self._cuttable and len(text) > LONGEST else [text] for text in texts]
+        cut = [list(_cut(text, LONGEST)) if self._cuttable and len(text) > LONGEST else [text] for text in texts]
         for text in texts:
             _utf8(text)  # a lone surrogate would surface as the library's own error
         flat = [piece for pieces in cut for piece in pieces]
@@ -230,7 +231,7 @@ class Tokenizer:
 
     # ---- ids -> text
 
-    def decode_bytes(self, ids: Iterable[int] | np.ndarray) -> bytes:
+    def decode_bytes(self, ids: Iterable | np.ndarray) -> bytes:
         """The bytes of the ids, joined; special tokens give none. TokenizerError for an id outside 0..vocab-1."""
         ids = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
         if ids.size and (ids.dtype.kind not in "iu" or ids.ndim != 1):
@@ -241,7 +242,7 @@ class Tokenizer:
         table = self.token_bytes
         return b"".join([table[i] for i in ids.tolist()])
 
-    def decode(self, ids: Iterable[int] | np.ndarray) -> str:
+    def decode(self, ids: Iterable | np.ndarray) -> str:
         """The text of the ids; bytes that are not UTF-8 become U+FFFD. Raises as `decode_bytes`."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
@@ -294,7 +295,7 @@ class Stream:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def push(self, token: int) -> str:
+    def push(self, token: int | np.integer) -> str:
         """The text this id completes; "" while a character is still incomplete."""
         return self._decoder.decode(self._tokenizer.decode_bytes([int(token)]))
 
@@ -327,7 +328,7 @@ def _words(docs: Iterable[str]) -> Counter[str]:
         if not isinstance(text, str):
             raise TokenizerError(f"document {i}: expected str, got {type(text).__name__}")
         _utf8(text)
-        for piece in _cut(text):
+        for piece in _cut(text, LONGEST):
             counts.update([word for word, _ in _rust("splitting", split, piece)])
     return counts
 
@@ -450,7 +451,7 @@ def _utf8(text: str) -> bytes:
 WORD_GAP = re.compile(r"(?<=\w) (?=\w)")
 
 
-def _cut(text: str, size: int = LONGEST) -> Iterator[str]:
+def _cut(text: str, size: int) -> Iterator[str]:
     """Parts of about `size` characters whose encodings, joined, are the encoding of the whole.
 
     Every splitting pattern in use begins a new word at a single space between two word characters. A run of `size`

@@ -59,7 +59,7 @@ PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
     "Metaspace": {"replacement": ("\u2581",), "prepend_scheme": ("always", "never", "first"), "split": FLAG},
     "Split": {"pattern": "known", "behavior": BEHAVIOR, "invert": (False,)},
 }
-OPTIONAL = {"trim_offsets", "use_regex", "behavior", "prepend_scheme", "split", "strip_accents"}
+OPTIONAL = {"trim_offsets", "use_regex", "prepend_scheme", "split", "strip_accents"}
 LATER = {  # never handed to the library: only known names and small values may pass into a saved copy
     "post_processor": ("BertProcessing", "RobertaProcessing", "ByteLevel", "TemplateProcessing", "Sequence"),
     "decoder": (
@@ -253,8 +253,8 @@ def _vocab(model: dict[str, Any]) -> dict[str, int]:
         return vocab
     require(isinstance(raw, dict) and raw, f"{model['type']}.vocab must be an object of token: id")
     for name, i in raw.items():
-        require(name, f"{model['type']}.vocab holds the empty token")
-        require(type(i) is int, f"{model['type']}.vocab: id {_short(i)} of {_short(name)} is not a whole number")
+        if not name or type(i) is not int:
+            raise TokenizerError(f"{model['type']}.vocab: id {_short(i)} of {_short(name)} is not a whole number of a token")
     return raw
 
 
@@ -316,10 +316,11 @@ def _model(model: dict[str, Any], vocab: dict[str, int]) -> None:
     require(isinstance(model["merges"], list), "BPE.merges must be a list")
     for merge in model["merges"]:
         pair = merge.split(" ") if isinstance(merge, str) else merge
-        good = isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) and p for p in pair)
-        require(good, f"BPE merge {_short(merge)} is not a pair of tokens")
+        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) and p for p in pair)):
+            raise TokenizerError(f"BPE merge {_short(merge)} is not a pair of tokens")
         for token in (*pair, pair[0] + pair[1]):
-            require(token in vocab, f"BPE merge {_short(merge)}: {_short(token)} is not in the vocabulary")
+            if token not in vocab:
+                raise TokenizerError(f"BPE merge {_short(merge)}: {_short(token)} is not in the vocabulary")
 
 
 def _chain(raw: Any, where: str, plural: str, known: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -41,8 +41,8 @@ class WorldTooLarge(ValueError):
 class Sentence(NamedTuple):
     """text[start:end] of a story, with what was true when it was said.
 
-    Story labels: topic, plot, place, feeling (the hero's), holds {thing: holder}, speaker, feature ("dialogue", "twist",
-    "moral", "fact" or None). Chain labels: state (int).
+    Story labels: topic, plot, place, feeling (the hero's), holds {thing: holder}, speaker, feature ("dialogue",
+    "twist", "moral", "fact" or None). Chain labels: state (int).
     """
 
     start: int
@@ -127,9 +127,13 @@ class World(Config):
             self._require(low <= getattr(self, field) <= high, field, f"must be from {low} to {high}")
         self._require(self.zipf >= 0 and self.sharpness > 0, "zipf", "must be at least 0, and sharpness above 0")
         weights, names = self.topic_weights, self.topic_names
-        self._require(not weights or len(weights) == len(names), "topic_weights", f"needs one for each of {len(names)} topics")
+        self._require(
+            not weights or len(weights) == len(names), "topic_weights", f"needs one for each of {len(names)} topics"
+        )
         self._require(all(w > 0 for w in weights), "topic_weights", "must be above 0")
-        self._require(not self.facts or self.facts >= len(names), "facts", f"must be at least {len(names)}, one per topic")
+        self._require(
+            not self.facts or self.facts >= len(names), "facts", f"must be at least {len(names)}, one per topic"
+        )
 
     @property
     def topic_names(self) -> tuple[str, ...]:
@@ -206,7 +210,7 @@ class World(Config):
         return texts
 
     def logprob(self, text: str) -> float:
-        """Natural log-probability that this world writes exactly this text, over all ways to write it; -inf if it cannot."""
+        """Natural log-probability that this world writes exactly this text, all ways summed; -inf if it cannot."""
         return engine.logprob(self.program, text, self._left)
 
     def explain(self, text: str) -> str:
@@ -225,7 +229,7 @@ class World(Config):
         return {value: math.fsum(parts) for value, parts in masses.items()}
 
     def floor(self, stories: int | Sequence[str] = 1000, seed: int = 0) -> Floor:
-        """Bits per byte that no model can beat on average: from the exact log-probability of this many texts (or of these)."""
+        """Bits per byte that no model can beat on average, from the exact probabilities of n texts, or of these."""
         texts = list(self.texts(stories, seed)) if isinstance(stories, int) else list(stories)
         if len(texts) < 2:
             raise ValueError(f"a floor needs at least 2 texts, got {len(texts)}")
@@ -247,11 +251,15 @@ class World(Config):
         found: dict[str, list[float]] = {}
         for count, run in enumerate(engine.derivations(self.program, None, self._left)):
             if count >= limit:
-                raise WorldTooLarge(f"more than limit = {limit} derivations: set small=3 or so, choose fewer plots, or raise limit")
+                raise WorldTooLarge(
+                    f"more than limit = {limit} derivations: set small=3 or so, choose fewer plots, or raise limit"
+                )
             found.setdefault("".join(run.out), []).append(run.logprob)
         return {text: engine.logsumexp(parts) for text, parts in found.items()}
 
-    def classification(self, task: str = "topic", classes: int = 2, n: int = 1000, seed: int = 0, noise: float = 0.0) -> Classification:
+    def classification(
+        self, task: str = "topic", classes: int = 2, n: int = 1000, seed: int = 0, noise: float = 0.0
+    ) -> Classification:
         """A balanced classification set drawn from this world: see `world.tasks.classification`."""
         return classification(self, task, classes, n, seed, noise)
 
@@ -265,7 +273,9 @@ def _finish(teller: engine.Sampler) -> Story:
     text = "".join(teller.out)
     labels = _labels(teller)
     names = labels["cast"]
-    sentences = tuple(Sentence(s.start, s.end, text[s.start : s.end], _sentence_labels(s, labels, names)) for s in teller.said)
+    sentences = tuple(
+        Sentence(s.start, s.end, text[s.start : s.end], _sentence_labels(s, labels, names)) for s in teller.said
+    )
     return Story(text, teller.logprob, sentences, labels if teller.labels else {}, tuple(teller.choices))
 
 

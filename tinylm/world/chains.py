@@ -17,7 +17,7 @@ MOST_WORDS = (len(CONSONANTS) * len(VOWELS)) ** 2
 class Chain(NamedTuple):
     """A Markov chain that writes `length` symbols, joined by `gap`.
 
-    `words` (states,) symbols; `start` (states,) and `table` (states, states) probabilities; `entropy` nats per text, exact.
+    `words` (states,) symbols; `start` (states,) and `table` (states, states) probabilities; `entropy` exact, in nats.
     """
 
     words: tuple[str, ...]
@@ -29,7 +29,9 @@ class Chain(NamedTuple):
     entropy: float
 
 
-def make(words: Sequence[str], rows: Sequence[tuple[Sequence[int], Sequence[float] | None]], length: int, gap: str) -> Chain:
+def make(
+    words: Sequence[str], rows: Sequence[tuple[Sequence[int], Sequence[float] | None]], length: int, gap: str
+) -> Chain:
     """The chain that starts uniformly and goes from state i to the states rows[i][0] with the weights rows[i][1]."""
     start = Dist(range(len(words)))
     first = list(words)
@@ -65,7 +67,10 @@ def bigram(words: int, length: int, sharpness: float, uniform: Callable[[], floa
     syllables = [c + v for c in CONSONANTS for v in VOWELS]
     order = shuffled(len(syllables) ** 2, uniform)[:words]
     names = [syllables[i // len(syllables)] + syllables[i % len(syllables)] for i in order]
-    rows = [(range(words), [(-math.log(1.0 - uniform() * 0.999999)) ** sharpness + 1e-9 for _ in range(words)]) for _ in range(words)]
+    rows = [
+        (range(words), [(-math.log(1.0 - uniform() * 0.999999)) ** sharpness + 1e-9 for _ in range(words)])
+        for _ in range(words)
+    ]
     return make(names, rows, length, " ")
 
 

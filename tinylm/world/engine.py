@@ -1,9 +1,9 @@
 """One program, three handlers: how a story is told, scored and enumerated.
 
 A program is a plain function of a `Teller`. Everything random goes through `Teller.draw`, everything written through
-`Teller.emit`. `Sampler` draws at random; `Search` walks every sequence of draws that is consistent with a text (or, with no
-text, every sequence there is) by running the program again from its start with the draws so far prescribed. So a program
-needs no inverse, and a text that several sequences of draws write has its probability summed, not guessed.
+`Teller.emit`. `Sampler` draws at random; `Search` walks every sequence of draws that is consistent with a text (or,
+with no text, every sequence there is) by running the program again from its start with the draws so far prescribed. So
+a program needs no inverse, and a text that several sequences of draws write has its probability summed, not guessed.
 
 Sentences are written in a small template language, read once and cached:
 
@@ -20,7 +20,7 @@ import math
 import random
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 PRONOUNS = ("he", "him", "his", "himself", "child")
@@ -47,9 +47,9 @@ class Dist:
         cumulative: running sums without the last one, or None when uniform.
     """
 
-    __slots__ = ("cumulative", "logp", "n", "options", "parent", "members", "_surfaces", "_without")
+    __slots__ = ("_surfaces", "_without", "cumulative", "logp", "members", "n", "options", "parent")
 
-    def __init__(self, options: Sequence, weights: Sequence[float] | None = None) -> None:
+    def __init__(self, options: Sequence, weights: Sequence[float | int] | None = None) -> None:
         self.options, self.n = tuple(options), len(options)
         if not self.n:
             raise ValueError("a distribution needs at least one option")
@@ -111,9 +111,9 @@ class Alt(NamedTuple):
 Node = str | Slot | Alt
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse(template: str) -> tuple[Node, ...]:
-    """Read a template. Raises ValueError for an unbalanced bracket and for two equal alternatives (needless ambiguity)."""
+    """Read a template. Raises ValueError for an unbalanced bracket, and for two equal alternatives."""
     nodes, end = _sequence(template, 0, "")
     if end != len(template):
         raise ValueError(f"unbalanced {template[end]!r} at {end} in template {template!r}")
@@ -149,7 +149,7 @@ def _sequence(text: str, at: int, stops: str) -> tuple[list, int]:
                 weight = 1.0
                 if branch and isinstance(branch[-1], str) and "*" in branch[-1]:
                     head, _, number = branch[-1].rpartition("*")
-                    weight, branch = float(number), branch[:-1] + [head]
+                    weight, branch = float(number), [*branch[:-1], head]
                 branches.append((weight, branch))
             at += 1
             nodes.append(branches)
@@ -182,7 +182,7 @@ def _look_ahead(raw: list, after: str) -> tuple[Node, ...]:
     return tuple(reversed(nodes))
 
 
-@lru_cache(maxsize=None)
+@cache
 def flip(chance: float) -> Dist:
     """The distribution over (False, True) with this chance of True."""
     return Dist((False, True), (1.0 - chance, chance))
@@ -231,7 +231,7 @@ class Teller:
         `after` what follows it then."""
         raise NotImplementedError
 
-    def choose(self, options: Sequence | Dist, weights: Sequence[float] | None = None) -> Any:
+    def choose(self, options: Sequence | Dist, weights: Sequence[float | int] | None = None) -> Any:
         """Draw one of the options, with nothing written yet that would tell which."""
         dist = options if type(options) is Dist else Dist(options, weights)
         return dist.options[self.draw(dist)]
@@ -241,7 +241,7 @@ class Teller:
         return self.draw(flip(probability)) == 1
 
     def let(self, **names: Any) -> None:
-        """Add to the cast: a Word as it is, a Dist to be drawn when first spoken (unlike what was drawn from it before)."""
+        """Add to the cast: a Word, or a Dist to be drawn when first spoken (unlike what was drawn from it before)."""
         self.cast.update(names)
 
     def decide(self, name: str, form: str = "", capital: bool = False, after: str | None = None) -> Word:
@@ -298,8 +298,8 @@ class Teller:
     ) -> bool:
         """Write one sentence, with this chance; true if it was written.
 
-        The labels name members of the cast: who speaks; what the hero feels and where, from here on; thing -> who has it
-        (a change to what was known before); and what the sentence is for ("dialogue" where somebody speaks).
+        The labels name members of the cast: who speaks; what the hero feels and where, from here on; thing -> who has
+        it (a change to what was known before); and what the sentence is for ("dialogue" where somebody speaks).
         """
         nodes = parse(template)
         gap = self.gap
@@ -411,7 +411,7 @@ def sample(program: Program, uniform: Callable[[], float], left: int = -1) -> Sa
 
 
 def derivations(program: Program, text: str | None = None, left: int = -1, trace=None) -> Iterator[Search]:
-    """Every finished run of the program, or only those that write `text`: each has `.logprob` in nats, `.out` and labels.
+    """Every finished run of the program, or only those that write `text`; each has `.logprob` in nats, `.out`, labels.
 
     Time grows with the number of partial runs that agree with the text for a while. `trace(position, piece)`, if given,
     hears of every piece that was considered.
@@ -438,12 +438,12 @@ def logsumexp(values: Sequence[float]) -> float:
 
 
 def logprob(program: Program, text: str, left: int = -1) -> float:
-    """Exact natural log-probability that the program writes this text: all derivations summed; -inf if there is none."""
+    """Exact natural log-probability of this text, all derivations summed; -inf if there is none."""
     return logsumexp([run.logprob for run in derivations(program, text, left)])
 
 
 def explain(program: Program, text: str, left: int = -1) -> str:
-    """Why the program cannot write a text: where the longest beginning it could have written stops, and what may follow."""
+    """Why the program cannot write a text: where the longest beginning it can write stops, and what may follow."""
     furthest, wanted = -1, []
 
     def trace(at: int, piece: str | None) -> None:
@@ -469,13 +469,13 @@ def explain(program: Program, text: str, left: int = -1) -> str:
     options = ", ".join(w if w == "the end of the text" else repr(w[:24]) for w in wanted[:8])
     more = f" (or {len(wanted) - 8} others)" if len(wanted) > 8 else ""
     return (
-        f"cannot be written beyond character {furthest} (line {line}): after {text[max(0, furthest - 40) : furthest]!r} "
-        f"comes {found}, where the world allows {options}{more}"
+        f"cannot be written beyond character {furthest} (line {line}): "
+        f"after {text[max(0, furthest - 40) : furthest]!r} comes {found}, where the world allows {options}{more}"
     )
 
 
 def stream(seed: int, index: int) -> Callable[[], float]:
-    """Uniform numbers that depend on (seed, index) only: Mersenne Twister, whose `random()` is the same in every Python."""
+    """Uniform numbers that depend on (seed, index) only: Mersenne Twister, whose `random()` no Python changes."""
     if seed < 0 or index < 0:
         raise ValueError(f"seed = {seed}, index = {index}: both must be at least 0")
     return random.Random((seed << 64) + index).random

@@ -7,17 +7,25 @@ from typing import NamedTuple
 
 from .engine import Dist, Word
 
-FIRST = """Odell Agnes Basil Cora Dexter Elsie Floyd Gilda Horace Irma Jethro Kitty Lionel Mabel Norris Opal Percy Quinta Rufus
-Selma Thaddeus Ursula Victor Winona Amos Blanche Cyrus Delia Edgar Flora Gordon Hester Isaac Judith Kermit Lottie""".split()
-SURNAME = ("Mar Tib Ash Bel Cob Dun Fal Gar Hob Kel Lam Mil Nor Ork Pel Quin Rad Sel Tor Wim Yar Zel".split(),
-           "row bet ford ley son wick worth man den kin sby ters lock mond".split())  # fmt: skip
-TOWN = ("Tide Elm Stone Marsh Raven Hay Copper Frost Amber Thorn Glen Hollow".split(), "wick ton field bury mere gate dale".split())
-JOBS = """baker tailor cobbler painter teacher barber doctor potter smith carpenter gardener weaver clerk postman singer mason
-tinker chandler saddler grocer""".split()
-KEPT = """geese clocks violins bees maps goats umbrellas canaries teapots rabbits barrels hats owls kettles ladders roses
-peacocks telescopes donkeys candles turtles globes mirrors ferrets""".split()
-COUNT = "three four five six seven eight nine ten eleven twelve".split()
-MOST = 20_000
+
+def _words(table: str) -> list[str]:
+    return table.split()
+
+
+# Mr. and Mrs. in turn.
+FIRST = _words("""Odell Agnes Basil Cora Dexter Elsie Floyd Gilda Horace Irma Jethro Kitty Lionel Mabel Norris Opal Percy
+Quinta Rufus Selma Thaddeus Ursula Victor Winona Amos Blanche Cyrus Delia Edgar Flora Gordon Hester Isaac Judith Kermit
+Lottie""")
+SURNAME_HEAD = _words("Mar Tib Ash Bel Cob Dun Fal Gar Hob Kel Lam Mil Nor Ork Pel Quin Rad Sel Tor Wim Yar Zel")
+SURNAME_TAIL = _words("row bet ford ley son wick worth man den kin sby ters lock mond")
+TOWN_HEAD = _words("Tide Elm Stone Marsh Raven Hay Copper Frost Amber Thorn Glen Hollow")
+TOWN_TAIL = _words("wick ton field bury mere gate dale")
+JOBS = _words("""baker tailor cobbler painter teacher barber doctor potter smith carpenter gardener weaver clerk postman singer
+mason tinker chandler saddler grocer""")
+KEPT = _words("""geese clocks violins bees maps goats umbrellas canaries teapots rabbits barrels hats owls kettles ladders
+roses peacocks telescopes donkeys candles turtles globes mirrors ferrets""")
+COUNT = _words("three four five six seven eight nine ten eleven twelve")
+MOST = 10_000  # of 11,088 names: beyond that, finding a new one takes long
 
 
 class Fact(NamedTuple):
@@ -47,18 +55,20 @@ def make(
     drafts = []
     while len(drafts) < number:
         first = int(uniform() * len(FIRST))
-        entity = f"{('Mr.', 'Mrs.')[first % 2]} {FIRST[first]} {pick(SURNAME[0])}{pick(SURNAME[1])}"
+        entity = f"{('Mr.', 'Mrs.')[first % 2]} {FIRST[first]} {pick(SURNAME_HEAD)}{pick(SURNAME_TAIL)}"
         if entity in seen:
             continue
         seen[entity] = None
-        prompt = f"{entity}, the {pick(JOBS)} of {pick(TOWN[0])}{pick(TOWN[1])}, kept "
+        prompt = f"{entity}, the {pick(JOBS)} of {pick(TOWN_HEAD)}{pick(TOWN_TAIL)}, kept "
         drafts.append((entity, prompt, f"{pick(COUNT)} {pick(KEPT)}"))
     table: list[Fact] = []
     dists = {}
     for t, (topic, share) in enumerate(zip(topics, shares, strict=True)):
         ranks = range(t, number, len(topics))
         weights = [(rank + 1.0) ** -zipf for rank in ranks]
-        words = [Word({"": drafts[r][0], "fact": drafts[r][1] + drafts[r][2] + ".", "kept": drafts[r][2]}) for r in ranks]
+        words = [
+            Word({"": drafts[r][0], "fact": drafts[r][1] + drafts[r][2] + ".", "kept": drafts[r][2]}) for r in ranks
+        ]
         dists[topic] = Dist(words, weights)
         for r, weight in zip(ranks, weights, strict=True):
             entity, prompt, answer = drafts[r]

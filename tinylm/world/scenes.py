@@ -14,7 +14,10 @@ def opening(s: Teller) -> None:
     """Who the story is about. What is told here (age, garment, pet, pastime) may matter again many sentences later."""
     manner = s.draw(MANNER)
     if manner == 0:
-        s.say("[Once upon a time,|Long ago,|Once,] there was {trait.a} [child|little one] named {hero}[ who lived {home}|, and {he} lived {home}].")
+        s.say(
+            "[Once upon a time,|Long ago,|Once,] there was {trait.a} [child|little one] named {hero}[ who lived "
+            "{home}|, and {he} lived {home}].",
+        )
     elif manner == 1:
         s.say("{Home} lived {trait.a} child called {hero}.")
     elif manner == 2:
@@ -38,37 +41,77 @@ def opening(s: Teller) -> None:
 
 
 def pastime(s: Teller) -> None:
+    """What the hero likes to do."""
     s.say("{He} [loved {pastime}|liked {pastime} more than anything|was happiest when {he} was {pastime}].")
 
 
 def garment(s: Teller) -> None:
-    s.say("{He} [always|nearly always] wore {hue.a} {garment}[ that {his} {elder.kin} had made|, even to bed|].")
+    """What the hero wears."""
+    s.say("{He} [always|nearly always] wore {hue.a} {garment}[ that {his} {elder.kin} had made|, even at breakfast|].")
 
 
 def pet(s: Teller) -> None:
+    """Who goes with the hero."""
     s.say("{He} had {pet.a} [named|called] {petname}[, and the two were always together|].")
 
 
-# Every order that can be told apart: an order drawn first and sentences dropped later would make one text two derivations.
-HABITS = Dist([(), *([h] for h in (pastime, garment, pet)), *permutations((pastime, garment, pet), 2), (pastime, garment, pet)])
+# Every order that can be told apart: to draw an order first and drop sentences later would write one text in two ways.
+HABITS = Dist(
+    [(), *([h] for h in (pastime, garment, pet)), *permutations((pastime, garment, pet), 2), (pastime, garment, pet)]
+)
 
 
 def day(s: Teller) -> None:
     """The morning on which it happens."""
     s.paragraph()
     s.say(
-        "[One|One fine|One windy|One bright|One cool|One quiet] [morning|afternoon|day], [{sight}|the whole family was busy"
-        "|{hero} woke up with a tickle of excitement|there was nothing to do at home|{hero} finished {his} chores early].",
+        "[One|One fine|One windy|One bright|One cool|One quiet] [morning|afternoon|day], "
+        "[{sight}|the whole family was busy"
+        "|{hero} woke up with a tickle of excitement|there was nothing to do at home|{hero} finished {his} "
+        "chores early|{hero} looked out of the window|the kettle sang on the stove|{hero} could not find {his} "
+        "left shoe|the neighbors were hanging out the wash].",
         feeling="calm",
     )
+
+
+def way(s: Teller) -> None:
+    """A moment on the way, or none: it has no part in the plot."""
+    moment = s.choose(MOMENTS)
+    if moment:
+        s.say(moment)
+
+
+# Each begins differently, so that the text soon tells which it is.
+MOMENTS = Dist(
+    (
+        "",
+        "A {colour} [butterfly|beetle|feather] [landed on {his} sleeve|sailed by].",
+        "[Clouds|Big white clouds] drifted over the hills, and one of them looked just like {animal.a}.",
+        "Far off, somebody was [singing|calling a dog|chopping wood].",
+        "There was a rock shaped like {treat.a}[, and it made {him} hungry|].",
+        "An old man [on a bench|with a stick] lifted his {hue} cap and wished {him} a good day.",
+        "Two crows were [fighting over|playing with] a {hue} ribbon.",
+        "{He} counted {number} [snails|ants|puddles|crows] on the way.",
+    ),
+    (6, 1, 1, 1, 1, 1, 1, 1),
+)
 
 
 def sad(s: Teller) -> None:
     """The hero is unhappy, in the hero's own way."""
     if s.knows("garment") and s.chance(0.5):
-        s.say("{hero} [wiped {his} eyes with|hid {his} face in|pulled at] {his} {hue} {garment}.", feeling="sad")
+        s.say(
+            "{hero} [wiped {his} eyes with|hid {his} face in|pulled at|chewed on|buried {his} nose in] {his} "
+            "{hue} {garment}.",
+            feeling="sad",
+        )
     else:
-        s.say("[A tear ran down {hero}'s cheek|{hero}'s lip began to tremble|{hero}'s heart felt as heavy as a stone|{hero} felt very small].", feeling="sad")
+        s.say(
+            "[A tear ran down {hero}'s cheek|Big tears rolled down {hero}'s face|{hero} swallowed hard|{hero} "
+            "wanted to cry|{hero}'s lip began to tremble|{hero}'s heart felt as heavy as a stone|{hero} felt "
+            "very small|{hero} stared at the ground|A lump sat in {hero}'s throat].",
+            feeling="sad",
+        )
     if s.knows("pet"):
         s.say("{petname} {pet.worried}.", 0.6)
 
@@ -76,7 +119,9 @@ def sad(s: Teller) -> None:
 def glad(s: Teller) -> None:
     """The hero is happy, in the hero's own way."""
     s.say(
-        "[{hero} laughed out loud|{hero} jumped for joy|{hero} felt warm all over|{hero}'s heart beat with joy|{hero} smiled from ear to ear].",
+        "[{hero} laughed out loud|{hero} jumped for joy|{hero} felt warm all over|{hero}'s heart beat with "
+        "joy|{hero} smiled from ear to ear|{hero} could have hugged the whole world|{hero} spun around "
+        "twice|{hero}'s eyes were shining|{hero} hummed a happy tune|What a happy moment it was].",
         feeling="happy",
     )
     if s.knows("pet"):
@@ -94,11 +139,19 @@ def evening(s: Teller) -> None:
     s.paragraph()
     done = False
     if s.knows("pet"):
-        done = s.say("That [night|evening], {petname} the {pet} [slept at the foot of {his} bed|curled up beside {him}].", 0.5)
+        done = s.say(
+            "That [night|evening], {petname} the {pet} [slept at the foot of {his} bed|curled up beside {him}].", 0.5
+        )
     if not done and s.knows("garment"):
-        done = s.say("At bedtime, {hero} hung {his} {hue} {garment} [by the door|over a chair] and [smiled|yawned happily].", 0.5)
+        done = s.say(
+            "At bedtime, {hero} hung {his} {hue} {garment} [by the door|over a chair] and [smiled|yawned happily].", 0.5
+        )
     if not done and s.knows("pastime"):
         done = s.say("The next day, {hero} was {pastime} again[, just as before|, happier than ever|].", 0.5)
     if not done:
-        s.say("[That night, {hero} slept soundly.|That evening, the stars looked brighter than ever.|{hero} went to bed with a smile.]", 0.7)
-
+        s.say(
+            "[That night, {hero} slept soundly.|That evening, the stars looked brighter than ever.|{hero} went "
+            "to bed with a smile.|And {hero} told the story again and again.|Even years later, {hero} liked to "
+            "think of that day.|When {hero} was grown up, {he} still remembered it.]",
+            0.7,
+        )

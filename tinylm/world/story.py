@@ -1,15 +1,15 @@
-"""The story program: a topic, an opening, a plot, an ending; and, where the world has them, facts about named people."""
+"""The story program: a topic, an opening, a plot, an ending; and, if the world has them, facts about named people."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from . import hearts, things
+from . import friends, hearts, things, village
 from .engine import Dist, Teller
 from .lexicon import GENERAL, TOPICS
 from .scenes import evening, opening
 
-PLOTS: dict[str, Callable[[Teller], None]] = {**things.PLOTS, **hearts.PLOTS}
+PLOTS: dict[str, Callable[[Teller], None]] = {**things.PLOTS, **hearts.PLOTS, **friends.PLOTS, **village.PLOTS}
 
 
 def program(topics: Dist, plots: Dist, facts: Mapping[str, Dist] | None = None) -> Callable[[Teller], None]:

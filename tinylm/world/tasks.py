@@ -16,8 +16,8 @@ from .lexicon import NAMES
 if TYPE_CHECKING:
     from . import World
 
-THINGS = "ball kite drum doll bell flute cup hat".split()
-PLACES = "box basket drawer bag barrel chest bucket jar".split()
+THINGS = ["ball", "kite", "drum", "doll", "bell", "flute", "cup", "hat"]
+PLACES = ["box", "basket", "drawer", "bag", "barrel", "chest", "bucket", "jar"]
 TASKS = ("topic", "plot", "feeling", "where")
 
 
@@ -37,9 +37,9 @@ def classification(world: World, task: str, classes: int, n: int, seed: int, noi
     """A balanced classification set.
 
     Args:
-        task: "topic" or "plot" of a whole story (the text always tells which: its places, its events); "feeling" the hero
-            comes to in one sentence taken out of its story (ambiguous: some sentences go with several feelings); "where" a
-            thing is in the end, after it was moved about ("ball in box": 8 things x 8 places; the text always tells).
+        task: "topic" or "plot" of a whole story (the text always tells which: its places, its events); "feeling" the
+            hero comes to in one sentence out of its story (ambiguous: some sentences go with several feelings); "where"
+            a thing is in the end, after it was moved about ("ball in box": 8 things x 8 places; the text always tells).
         classes: 2 to 8 (topic), to the number of plots (plot), to 12 (feeling), to 64 (where).
         noise: share of the labels that are replaced by a class drawn uniformly; the best accuracy is then
             1 - noise + noise / classes where the text determines the class.
@@ -50,7 +50,12 @@ def classification(world: World, task: str, classes: int, n: int, seed: int, noi
         raise ConfigError(f"task = {task!r}{suggest(task, TASKS)}")
     if world.mode != "stories":
         raise ConfigError(f"World.mode = {world.mode!r}: classification needs mode='stories'")
-    most = {"topic": len(world.topic_names), "plot": len(world.plot_names), "feeling": 12, "where": len(THINGS) * len(PLACES)}[task]
+    most = {
+        "topic": len(world.topic_names),
+        "plot": len(world.plot_names),
+        "feeling": 12,
+        "where": len(THINGS) * len(PLACES),
+    }[task]
     if not 2 <= classes <= most:
         raise ConfigError(f"classes = {classes}: task {task!r} has from 2 to {most}")
     if not 0 <= noise <= 1:
@@ -112,7 +117,10 @@ def _where(labels: np.ndarray, classes: int, uniform: Callable[[], float]) -> tu
         things = [asked, *(t for t in shuffled(len(THINGS), uniform) if t != asked)][:3]
         people = [str(NAMES.options[i]) for i in shuffled(NAMES.n, uniform)[:3]]
         where = {thing: pick(places) for thing in things}
-        lines = [f"{people[pick(3)]} put the {THINGS[t]} in the {PLACES[where[t]]}." for t in (things[i] for i in shuffled(3, uniform))]
+        lines = [
+            f"{people[pick(3)]} put the {THINGS[t]} in the {PLACES[where[t]]}."
+            for t in (things[i] for i in shuffled(3, uniform))
+        ]
         for step in range(2 + pick(3)):
             thing = things[pick(3)] if step else asked
             to = (where[thing] + 1 + pick(places - 1)) % places

@@ -1,0 +1,378 @@
+"""`tinylm ...`: the kit from a terminal. Options come from the dataclasses of `config`, their help from its docstrings.
+
+Figures go to stdout (one json object with --json), progress to stderr; an error is one line and exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tinylm.config import Config, ModelConfig, Sampling, TrainConfig
+
+# --- options from dataclasses -----------------------------------------------------------------------------------------
+
+
+def duration(text: str) -> float:
+    """Seconds: "90", "90s", "20m", "1.5h"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip().lower())
+    if not match or not float(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no length of time; write for example 90s, 20m or 1.5h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def amount(text: str) -> int:
+    """A whole number: "5000", "300K", "10M", "1.5B"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", text.strip().lower().replace("_", ""))
+    if not match or float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2]] % 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number; write for example 5000, 300K or 10M")
+    return round(float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2]])
+
+
+def yes_or_no(text: str) -> bool:
+    """ "true" or "false"."""
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r}: write true or false")
+    return text.lower() == "true"
+
+
+def attribute_help(cls: type) -> dict[str, str]:
+    """Attribute -> its line of the class docstring's list of attributes."""
+    listed = (cls.__doc__ or "").partition("Attributes:")[2]
+    return {name: " ".join(text.split()) for name, text in re.findall(r"^ {8}(\w+): (.+(?:\n {9,}.+)*)", listed, re.M)}
+
+
+def add_options(parser: argparse.ArgumentParser, cls: type[Config], title: str, skip: Sequence[str] = ()) -> None:
+    """One option per field of a config dataclass; an option that is not given leaves no trace in the namespace."""
+    group, help_of = parser.add_argument_group(title), attribute_help(cls)
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.name in skip:
+            continue
+        kind = typing.get_type_hints(cls)[field.name]
+        options: dict[str, Any] = {"type": scalar(kind), "metavar": "X"}
+        if typing.get_origin(kind) is typing.Literal:
+            options = {"choices": typing.get_args(kind)}
+        elif isinstance(kind, types.UnionType) and tuple in {typing.get_origin(k) for k in typing.get_args(kind)}:
+            options = {"type": scalar(typing.get_args(kind)[0]), "nargs": "+", "metavar": "X"}
+        if field.name == "budget":
+            options = {"type": duration, "metavar": "TIME"}
+        shown = "" if field.default in (None, 0, 0.0) else f" (default {field.default})"
+        text = help_of[field.name].rstrip(".").replace("%", "%%") + shown
+        group.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **options)
+
+
+def scalar(kind: Any) -> Callable[[str], Any]:
+    """The function that reads one value of a field's type."""
+    if isinstance(kind, types.UnionType):
+        kind = typing.get_args(kind)[0]
+    return {int: amount, float: float, bool: yes_or_no}.get(kind, str)
+
+
+def chosen(args: argparse.Namespace, cls: type[Config]) -> dict[str, Any]:
+    """The fields of `cls` that were given on the command line."""
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls) if hasattr(args, f.name)}  # type: ignore[arg-type]
+    return {k: (v[0] if len(v) == 1 else tuple(v)) if isinstance(v, list) else v for k, v in given.items()}
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def say(text: str = "") -> None:
+    """A line for people, on stderr, so that stdout holds results only."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def report(args: argparse.Namespace, figures: dict[str, Any], text: str) -> None:
+    """The result on stdout: as text, or with --json as one json object."""
+    print(json.dumps(figures, indent=2) if args.json else text, flush=True)
+
+
+def cmd_sizes(args: argparse.Namespace) -> None:
+    """Parameters, cost and file sizes of the presets, or of one."""
+    from tinylm.presets import PRESETS, preset, size
+
+    names = args.preset or ["1M", "3M", "10M", "30M", "100M", *PRESETS]
+    changes = chosen(args, ModelConfig)
+    sizes = {name: (config := preset(name, **changes), size(config)) for name in names}
+    figures = {name: {"config": c.to_dict(), **dataclasses.asdict(s)} for name, (c, s) in sizes.items()}
+    rows = [["", "parameters", "no embed.", "FLOPs/token", "KV B/token", "float32", "int8", "ternary"]]
+    for name, (_, s) in sizes.items():
+        cells = (f"{s.total:,}", f"{s.body:,}", si(s.flops), si(s.kv_bytes), mb(s.float32), mb(s.int8), mb(s.ternary))
+        rows.append([name, *cells])
+    text = columns(rows)
+    if len(names) == 1:
+        (_, one) = sizes[names[0]]
+        text += "\n\n" + columns([[g, f"{n:,}", f"{n / one.total:.1%}"] for g, n in one.groups.items() if n])
+    report(args, figures, text)
+
+
+def cmd_tokens(args: argparse.Namespace) -> None:
+    """Clean text, learn a tokenizer, write token shards."""
+    corpus = prepare_corpus(args, Path(args.out), args.files)
+    report(args, corpus.to_dict(), str(corpus))
+
+
+def cmd_train(args: argparse.Namespace) -> None:
+    """Train a model on text, on token shards, or on the embedded world."""
+    from tinylm.model import Transformer
+    from tinylm.presets import preset
+    from tinylm.training import train
+
+    out = new_folder(args.out)
+    settings = chosen(args, TrainConfig)
+    if not {"steps", "tokens", "budget"} & settings.keys():
+        settings["budget"] = 20 * 60.0
+    config = TrainConfig.from_dict(settings)
+    corpus = prepare_corpus(args, out / "data", [args.text])
+    model_settings = {"vocab": corpus.tokenizer.vocab, **chosen(args, ModelConfig)}
+    shape = preset(args.preset, **model_settings)
+    model = Transformer(shape, rngs=config.seed, tokenizer=corpus.tokenizer)
+    trainer = train(model, corpus.train, config, valid=corpus.valid, out=out)
+    train_to_the_end(trainer, args)
+
+
+def cmd_resume(args: argparse.Namespace) -> None:
+    """Go on with a run from its newest checkpoint."""
+    from tinylm.training import resume
+
+    longer = {k: v for k, v in chosen(args, TrainConfig).items() if k in ("steps", "tokens", "budget")}
+    train_to_the_end(resume(args.folder, **longer), args)
+
+
+def train_to_the_end(trainer: Any, args: argparse.Namespace) -> None:
+    """Drive a training run with a live line; exit as the signal that stopped it asks for."""
+    from tinylm.live import TerminalView
+    from tinylm.presets import count
+
+    config, model = trainer.config, trainer.model.config
+    end = f"{config.budget:.0f} s" if config.budget else f"{trainer.steps:,} steps"
+    say(f"{count(model):,} parameters: {model.layers} layers of width {model.width}, context {model.context}, {end}")
+    view = TerminalView(trainer)
+    for step in trainer.every_step():
+        view.update(step)
+    view.close()
+    folder = trainer.run.folder
+    last = trainer.history[-1] if trainer.history else None
+    figures = {"folder": str(folder), "outcome": trainer.outcome, **(last._asdict() if last else {})}
+    text = f"{trainer.outcome} at step {trainer.step:,}"
+    if last is not None and last.valid_bits is not None:
+        text += f": {last.valid_bits:.4f} bits per byte on held-out windows"
+    text += f"; everything is in {folder}"
+    if trainer.outcome != "done":
+        text += f"\ngo on with: tinylm resume {folder}"
+    report(args, figures, text)
+    if trainer.signal:
+        raise SystemExit(128 + trainer.signal)
+
+
+def cmd_evaluate(args: argparse.Namespace) -> None:
+    """Bits per byte of a model on a text, with an interval over documents."""
+    from tinylm.checkpoint import load
+    from tinylm.evaluation import evaluate
+
+    found = evaluate(load(args.folder), args.text, limit=args.limit, stride=args.stride)
+    low, high = found.ci95 or (float("nan"),) * 2
+    text = f"{found.bits_per_byte:.4f} bits per byte" + (
+        f" (95% interval {low:.4f} to {high:.4f})" if found.ci95 else ""
+    )
+    text += f"\n{found.nats_per_token:.4f} nats per token; {found.bytes:,} bytes, {found.tokens:,} tokens, "
+    report(args, found.to_dict(), text + f"{found.documents:,} documents")
+
+
+def cmd_generate(args: argparse.Namespace) -> None:
+    """Continue a text."""
+    from tinylm.checkpoint import load
+    from tinylm.generation import generate, stream
+
+    model = load(args.folder)
+    settings = {**chosen(args, Sampling), "tokens": args.tokens, "seed": args.seed, "stop": args.stop or ()}
+    if args.json:
+        print(json.dumps({"prompt": args.prompt, "text": generate(model, args.prompt, **settings)}, indent=2))
+        return
+    print(args.prompt, end="", flush=True)
+    for piece in stream(model, args.prompt, **settings):
+        print(printable(piece), end="", flush=True)
+    print()
+
+
+def cmd_story(args: argparse.Namespace) -> None:
+    """The main job: from nothing to a model that tells stories, in about two minutes."""
+    from tinylm.story import story
+
+    report_of = story(
+        text=args.text, preset=args.preset, budget=args.budget, out=args.out, seed=args.seed, quiet=args.json
+    )
+    if args.json:
+        print(json.dumps(report_of, indent=2))
+
+
+# --- what commands share ----------------------------------------------------------------------------------------------
+
+
+def prepare_corpus(args: argparse.Namespace, folder: Path, sources: Sequence[str]) -> Any:
+    """Token shards for the command: opened when a source is a folder of shards, made otherwise."""
+    from tinylm.corpus import prepare
+
+    return prepare(
+        sources,
+        folder,
+        valid=args.valid,
+        tokenizer=args.tokenizer,
+        vocab=getattr(args, "vocab", 4096),
+        kind=args.kind_of_tokenizer,
+        clean=not args.keep_duplicates,
+        say=say,
+    )
+
+
+def new_folder(path: str) -> Path:
+    """A folder for a new run. Raises FileExistsError before anything is spent on it."""
+    folder = Path(path)
+    if (folder / "config.json").exists():
+        raise FileExistsError(f"{folder} holds a run already: take another --out, or `tinylm resume {folder}`")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not an empty folder: take another --out")
+    return folder
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as text: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        right = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        lines.append("  ".join([first.ljust(widths[0]), *right]).rstrip())
+    return "\n".join(lines)
+
+
+def si(number: float) -> str:
+    """1234567 -> "1.2M"."""
+    for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.1f}{letter}"
+    return f"{number:.0f}"
+
+
+def mb(size: float) -> str:
+    """Bytes as MB."""
+    return f"{size / 1e6:.2f} MB"
+
+
+def printable(text: str) -> str:
+    """Text a terminal cannot be steered by: control characters other than newline and tab are shown as escapes."""
+    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+# --- the parser -------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors in one line, with the way to the help."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\nsee `{self.prog} --help`\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    from tinylm import __version__
+
+    layout = lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100)  # noqa: E731
+    parser = Parser(prog="tinylm", description="Train tiny language models, look at them, use them.")
+    parser.add_argument("--version", action="version", version=f"tinylm {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
+
+    def command(name: str, run: Callable, example: str) -> argparse.ArgumentParser:
+        text = (run.__doc__ or "").strip()
+        made = commands.add_parser(
+            name, help=text, description=text, epilog=f"example: {example}", formatter_class=layout, allow_abbrev=False
+        )
+        made.add_argument("--json", action="store_true", help="print figures as one json object")
+        made.set_defaults(run=run)
+        return made
+
+    p = command("story", cmd_story, "tinylm story --budget 2m")
+    p.add_argument("--budget", type=duration, default=120.0, metavar="TIME", help="time for everything (default 2m)")
+    p.add_argument(
+        "--text", metavar="SOURCE", help="your own text instead of the embedded world: file, folder or hf:ID"
+    )
+    p.add_argument(
+        "--preset", default=None, metavar="NAME", help="a size such as 300K or 1M, or a name of `tinylm sizes`"
+    )
+    p.add_argument("--out", metavar="DIR", help="folder for the run (default runs/story, or the next free number)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="another story, another model (default 0)")
+
+    def corpus_options(p: argparse.ArgumentParser) -> None:
+        p.add_argument("--valid", metavar="SOURCE", help="held-out text (default: 5%% of the documents, by hash)")
+        p.add_argument("--tokenizer", metavar="FILE", help="use this tokenizer.json instead of training one")
+        p.add_argument("--kind-of-tokenizer", default="bpe", choices=["bpe", "wordpiece", "unigram", "byte"])
+        p.add_argument("--keep-duplicates", action="store_true", help="do not remove equal and nearly equal documents")
+
+    p = command("tokens", cmd_tokens, "tinylm tokens stories.txt --out data/stories --vocab 4096")
+    p.add_argument("files", nargs="+", metavar="SOURCE", help="text file, jsonl, parquet, folder, hf:ID, or world")
+    p.add_argument("--out", required=True, metavar="DIR", help="folder for tokenizer and shards")
+    p.add_argument("--vocab", type=amount, default=4096, metavar="N", help="token ids to learn (default 4096)")
+    corpus_options(p)
+
+    p = command("train", cmd_train, "tinylm train --text stories.txt --preset 1M --budget 20m --out runs/first")
+    p.add_argument("--text", required=True, metavar="SOURCE", help="text, a folder of token shards, hf:ID, or world")
+    p.add_argument("--out", required=True, metavar="DIR", help="new folder for the run")
+    p.add_argument("--preset", default="1M", metavar="NAME", help="a size, or a name of `tinylm sizes` (default 1M)")
+    corpus_options(p)
+    add_options(p, TrainConfig, "training (ends after --budget 20m unless --steps, --tokens or --budget says else)")
+    add_options(p, ModelConfig, "model: changes to the preset")
+
+    p = command("resume", cmd_resume, "tinylm resume runs/first --steps 20000")
+    p.add_argument("folder", metavar="DIR", help="folder of a run")
+    add_options(
+        p,
+        TrainConfig,
+        "a later end",
+        skip=[f.name for f in dataclasses.fields(TrainConfig) if f.name not in ("steps", "tokens", "budget")],
+    )
+
+    p = command("evaluate", cmd_evaluate, "tinylm evaluate runs/first --text valid.txt --json")
+    p.add_argument("folder", metavar="DIR", help="folder of a run or of a saved model")
+    p.add_argument("--text", required=True, metavar="SOURCE", help="text to score: file, folder or hf:ID")
+    p.add_argument("--limit", type=amount, metavar="N", help="only the first N documents")
+    p.add_argument("--stride", type=amount, metavar="N", help="tokens between windows (default half the context)")
+
+    p = command("generate", cmd_generate, 'tinylm generate runs/first --prompt "Once upon a time"')
+    p.add_argument("folder", metavar="DIR", help="folder of a run or of a saved model")
+    p.add_argument("--prompt", default="", metavar="TEXT", help="how the text begins")
+    p.add_argument("--tokens", type=amount, default=256, metavar="N", help="make at most so many (default 256)")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the random choices (default 0)")
+    p.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given again")
+    add_options(p, Sampling, "sampling")
+
+    p = command("sizes", cmd_sizes, "tinylm sizes --preset 1M --vocab 2048")
+    p.add_argument("--preset", action="append", metavar="NAME", help="only this one, in detail; may be given again")
+    add_options(p, ModelConfig, "model: changes to the preset")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the `tinylm` command."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except (ValueError, OSError, RuntimeError) as error:
+        if os.environ.get("TINYLM_DEBUG"):
+            raise
+        if isinstance(error, BrokenPipeError):  # the reader of our output, such as head, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(141) from None
+        say(f"tinylm: {error}")
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        say("interrupted")
+        raise SystemExit(130) from None
