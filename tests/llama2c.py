@@ -1,12 +1,15 @@
 """A throw-away reader of llama2.c's first file format and a NumPy forward pass of it, for the tests alone.
 
 The model file: seven int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len; a negative vocab_size
-marks an unshared classifier), then float32 arrays in a fixed order, matrices as (outputs, inputs). Rotary positions turn
-neighbours: features 2i and 2i + 1 of a head. The tokenizer file: int32 longest token, then per token a float32 score,
+marks an unshared classifier), then float32 arrays in a fixed order, matrices as (outputs, inputs). Rotary positions
+turn neighbours: features 2i and 2i + 1 of a head. The tokenizer file: int32 longest token, then per token a float32 score,
 an int32 length and the bytes; text is merged greedily by score, bytes without a token become ids 3 to 258.
 """
 
+import functools
 import gzip
+import itertools
+import re
 import struct
 from typing import NamedTuple
 
@@ -138,12 +141,19 @@ class Pieces:
         self.ids = {piece: i for i, piece in enumerate(self.pieces) if i >= self.BYTES + 256}
 
     def encode(self, text):
+        """Word by word: no piece of these vocabularies holds a space anywhere but in front."""
+        return [i for word in re.findall(r" [^ ]*", " " + text) for i in self.word(word)]
+
+    @functools.cache  # noqa: B019 (lives as long as the tests)
+    def word(self, text):
         ids = []
-        for char in " " + text:
+        for char in text:
             raw = char.encode()
             ids += [self.ids[raw]] if raw in self.ids else [self.BYTES + b for b in raw]
         while True:
-            pairs = [(self.ids.get(self.pieces[a] + self.pieces[b]), i) for i, (a, b) in enumerate(zip(ids, ids[1:]))]
+            pairs = [
+                (self.ids.get(self.pieces[a] + self.pieces[b]), i) for i, (a, b) in enumerate(itertools.pairwise(ids))
+            ]
             pairs = [(self.scores[joined], -i, joined) for joined, i in pairs if joined is not None]
             if not pairs:
                 return ids

@@ -1,4 +1,4 @@
-"""The slow twin of `tinylm.model`: the papers' equations in float64 NumPy, one text at a time, loops where they read best.
+"""The slow twin of `tinylm.model`: the papers' equations in float64 NumPy, one text at a time.
 
 Written from the papers (Vaswani 2017, Devlin 2018, Su 2021, Shazeer 2020, Ainslie 2023, Zhang and Sennrich 2019, the
 GPT-NeoX and Gemma 2 reports), not from the model's code. Parameters come by the kit's names.

@@ -172,13 +172,13 @@ def test_shards_that_do_not_belong_together(tmp_path, tokenizer):
     write_tokens(DOCS, tokenizer, tmp_path, shard_tokens=500)
     assert len(list(tmp_path.glob("*.json"))) > 3
     edit(tmp_path / "train-00002.json", tokenizer_sha256="another")
-    with pytest.raises(DataError, match="train-00002.json: tokenizer_sha256 = 'another', but train-00000.json says"):
+    with pytest.raises(DataError, match=r"train-00002.json: tokenizer_sha256 = 'another', but train-00000.json says"):
         Tokens.open(tmp_path)
     (tmp_path / "train-00001.json").unlink()
     with pytest.raises(DataError, match="shards"):
         Tokens.open(tmp_path)
     write_tokens(DOCS, tokenizer, tmp_path, split="valid")
-    with pytest.raises(DataError, match="no split 'test' in .*: it has train, valid"):
+    with pytest.raises(DataError, match=r"no split 'test' in .*: it has train, valid"):
         Tokens.open(tmp_path, "test")
 
 
@@ -247,15 +247,14 @@ def test_permutation_of_large_ranges(n, seed, epoch):
     assert len(np.unique(out)) == len(index)
     assert out.min() >= 0
     assert out.max() < n
-    assert [
-        int(permute(index[i : i + 1], n, seed=seed, epoch=epoch)[0]) for i in range(3 if len(index) > 2 else 1)
-    ] == out[:3].tolist()[: 3 if len(index) > 2 else 1]
+    alone = [int(permute(index[i : i + 1], n, seed=seed, epoch=epoch)[0]) for i in range(len(index))]
+    assert alone == out.tolist()
 
 
 @pytest.mark.parametrize("n", [7, 10, 64])
 def test_permutation_is_uniform(n):
     """Where index 0 and the pair (0, 1) go over many seeds: chi-square within five deviations of its mean."""
-    runs = 400 * n
+    runs = 150 * n
     out = np.array([permute(np.array([0, 1]), n, seed=s) for s in range(runs)])
     for counts in (np.bincount(out[:, 0], minlength=n), np.bincount((out[:, 1] - out[:, 0]) % n, minlength=n)[1:]):
         expected = runs / len(counts)
@@ -363,7 +362,8 @@ def digest(steps):
 def test_batches_are_the_same_in_another_process_and_in_any_order():
     rng = np.random.default_rng(0)
     steps = [(int(a), int(b)) for a, b in zip(rng.integers(0, 2**40, 1000), rng.integers(0, 10**7, 1000), strict=True)]
-    code = f"import json,sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(data.__file__).parents[1])]!r}\nimport test_data; print(test_data.digest(json.load(sys.stdin)))"
+    paths = [str(Path(__file__).parent), str(Path(data.__file__).parents[1])]
+    code = f"import json,sys; sys.path[:0] = {paths!r}\nimport test_data; print(test_data.digest(json.load(sys.stdin)))"
     run = subprocess.run(
         [sys.executable, "-c", code], input=json.dumps(steps), capture_output=True, text=True, check=True
     )
@@ -392,7 +392,7 @@ def test_describe_names_what_decides_the_batches():
         Masked(Windows(tokens, **base), mask=4),
         Masked(Windows(tokens, **base), mask=3, rate=0.2),
         Masked(Windows(tokens, **base), mask=3, keep=[1]),
-        Rows(ramp(200, end=0), **base, cls=1, sep=2, pad=3) if False else Windows(ramp(199, end=0), **base),
+        Windows(ramp(199, end=0), **base),
     ]
     seen = [json.dumps(o.describe(), sort_keys=True) for o in others] + [json.dumps(facts, sort_keys=True)]
     assert len(set(seen)) == len(seen)
@@ -510,3 +510,68 @@ def test_real_stories(tmp_path, shared_data):
     assert 3 < tokens.bytes_per_token < 4.5
     batch = Windows(tokens, batch=8, length=64)(0)
     assert np.array_equal(batch.tokens[:, 1:], batch.targets[:, :-1])
+
+
+# ---- the scripts
+
+
+def script(name, *args, fails=False):
+    folder = Path(data.__file__).parents[1]
+    run = subprocess.run(
+        [sys.executable, str(folder / "data_scripts" / f"{name}.py"), *map(str, args)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(folder)},
+    )
+    assert (run.returncode != 0) == fails, run.stderr
+    assert "Traceback" not in run.stderr
+    return run.stderr if fails else run.stdout
+
+
+def hashes(out):
+    return [line for line in out.splitlines() if len(line.split("  ")[0]) == 64]
+
+
+def test_tinystories_script(tmp_path):
+    stories = [*DOCS, DOCS[0], DOCS[1] + "\n"]
+    (tmp_path / "s.txt").write_text("\n<|endoftext|>\n".join(s.replace("<|endoftext|>", "") for s in stories))
+    args = ("--out", tmp_path / "out", "--source", tmp_path / "s.txt", "--vocab", 300, "--share", 0.2)
+    first = script("tinystories", *args)
+    assert "removed 2 equal" in first
+    assert len(hashes(first)) == 6  # two shards, two sidecars, the tokenizer, the provenance
+    changed = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    again = script("tinystories", *args)
+    assert "up to date" in again
+    assert hashes(again) == hashes(first)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == changed
+    assert hashes(script("tinystories", "--out", tmp_path / "twin", *args[2:]))[0][:64] == hashes(first)[0][:64]
+    about = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert about["documents_read"] == 62
+    assert about["duplicates"]["exact"] == 2
+    assert about["wish"]["sources"][0].startswith("sha256:")
+    assert "no file or folder" in script("tinystories", "--out", tmp_path / "x", "--source", "nowhere", fails=True)
+
+
+def test_wikipedia_script(tmp_path):
+    rows = [{"title": f"{i}", "text": f"Article {i} is about the number {i}. " * 9 + "café"} for i in range(60)]
+    (tmp_path / "w.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    args = ("--out", tmp_path / "out", "--source", tmp_path / "w.jsonl", "--articles", 40, "--vocab", 560)
+    first = script("wikipedia", *args, "--first", 20, "--keep-duplicates", "--share", 0.2)
+    tokens = [Tokens.open(tmp_path / "out", s) for s in ("train", "valid")]
+    assert sum(t.documents for t in tokens) == 40
+    for t in tokens:
+        assert (np.diff(np.flatnonzero(t[:] == t.end)) == 21).all()
+    assert "up to date" in (again := script("wikipedia", *args, "--first", 20, "--keep-duplicates", "--share", 0.2))
+    assert hashes(again) == hashes(first)
+
+
+def test_own_text_script(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text("<|endoftext|>".join(f"Train text {i} of {i * 37}" for i in range(40)))
+    (tmp_path / "v.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"Valid words {i} and {i * 91}"}) for i in range(5))
+    )
+    script("own_text", tmp_path / "in", "--valid", tmp_path / "v.jsonl", "--out", tmp_path / "out", "--kind", "byte")
+    train, valid = (Tokens.open(tmp_path / "out", s) for s in ("train", "valid"))
+    assert (train.documents, valid.documents, train.vocab) == (40, 5, 261)
+    assert train.bytes_per_token == 1.0

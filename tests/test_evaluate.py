@@ -157,6 +157,12 @@ def test_few_shapes_are_compiled():
     shapes.clear()
     token_logprobs([np.zeros(20, np.int32)], spy, context=1024, batch=16)
     assert shapes == {(1, 32)}  # one short text is not padded to a full batch
+    shapes.clear()
+    token_logprobs([np.zeros(n, np.int32) for n in [20] * 100 + [200] * 30], spy, context=256, batch=8)
+    assert shapes == {(64, 32), (8, 256)}  # short texts do not pay for long ones
+    shapes.clear()
+    token_logprobs([np.zeros(n, np.int32) for n in [20] * 7 + [200] * 30], spy, context=256, batch=8)
+    assert shapes == {(8, 256)}  # nor are too few of them worth a compilation
 
 
 @pytest.mark.parametrize(("context", "stride", "batch"), [(0, None, 1), (8, 0, 1), (8, 9, 1), (8, 4, 0)])

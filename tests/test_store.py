@@ -8,7 +8,6 @@ import resource
 import struct
 import subprocess
 import sys
-import time
 import tracemalloc
 
 import ml_dtypes
@@ -364,17 +363,3 @@ def test_an_interrupt_leaves_no_litter(path, monkeypatch):
         write_file(path, SAMPLE, {})
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == [path.name]
-
-
-def test_cost_of_188_megabytes(tmp_path):
-    state = {f"x.{n}": np.random.default_rng(n).standard_normal(1_000_000, np.float32) for n in range(47)}
-    saves, reads = [], []
-    for n in range(3):
-        start = time.perf_counter()
-        write_file(tmp_path / f"{n}", state, {})
-        middle = time.perf_counter()
-        read_file(tmp_path / f"{n}")
-        saves.append(middle - start)
-        reads.append(time.perf_counter() - middle)
-    assert np.median(saves) <= 1.5
-    assert np.median(reads) <= 1.0

@@ -150,16 +150,13 @@ def cmd_resume(args: argparse.Namespace) -> None:
 
 def train_to_the_end(trainer: Any, args: argparse.Namespace) -> None:
     """Drive a training run with a live line; exit as the signal that stopped it asks for."""
-    from tinylm.live import TerminalView
+    from tinylm.live import TerminalView, fit
     from tinylm.presets import count
 
     config, model = trainer.config, trainer.model.config
     end = f"{config.budget:.0f} s" if config.budget else f"{trainer.steps:,} steps"
-    say(f"{count(model):,} parameters: {model.layers} layers of width {model.width}, context {model.context}, {end}")
-    view = TerminalView(trainer)
-    for step in trainer.every_step():
-        view.update(step)
-    view.close()
+    say(f"{count(model):,} parameters: {model.layers} layers of width {model.width}, context {model.context}; {end}")
+    fit(trainer, view=TerminalView(sys.stderr), sample_every=0).run()
     folder = trainer.run.folder
     last = trainer.history[-1] if trainer.history else None
     figures = {"folder": str(folder), "outcome": trainer.outcome, **(last._asdict() if last else {})}
@@ -208,11 +205,14 @@ def cmd_story(args: argparse.Namespace) -> None:
     """The main job: from nothing to a model that tells stories, in about two minutes."""
     from tinylm.story import story
 
-    report_of = story(
-        text=args.text, preset=args.preset, budget=args.budget, out=args.out, seed=args.seed, quiet=args.json
-    )
+    given = {"text": args.text, "preset_name": args.preset, "budget": args.budget, "out": args.out, "seed": args.seed}
     if args.json:
-        print(json.dumps(report_of, indent=2))
+        figures = story(**given, say=say, tell=lambda piece: None)
+        print(json.dumps(figures, indent=2))
+    else:
+        figures = story(**given)
+    if figures["outcome"] == "interrupted":
+        raise SystemExit(130)
 
 
 # --- what commands share ----------------------------------------------------------------------------------------------

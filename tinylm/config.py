@@ -53,11 +53,10 @@ class Config:
             elif allowed is int:
                 self._require(type(value) is int, field, "must be a whole number")
             elif allowed is float:
-                if type(value) is int:
-                    object.__setattr__(self, field, float(value))
-                self._require(
-                    isinstance(value, (int, float)) and math.isfinite(value), field, "must be a finite number"
-                )
+                if type(value) is int and abs(value) < 2**1023:
+                    value = float(value)
+                    object.__setattr__(self, field, value)
+                self._require(isinstance(value, float) and math.isfinite(value), field, "must be a finite number")
             elif allowed is bool:
                 self._require(type(value) is bool, field, "must be true or false")
             elif allowed is str:
@@ -175,11 +174,16 @@ class ModelConfig(Config):
         if self.qkv_bias is None:
             object.__setattr__(self, "qkv_bias", self.bias)
         self._require(type(self.qkv_bias) is bool, "qkv_bias", "must be true, false or null")
-        for name, pattern, good in (
-            ("positions", self._pattern("positions"), lambda p: p in get_args(Position)),
-            ("window", self._pattern("window"), lambda w: type(w) is int and w >= 0),
+        for name, good, what in (
+            (
+                "positions",
+                lambda p: p in get_args(Position),
+                f"must be one of {', '.join(get_args(Position))}, or a tuple",
+            ),
+            ("window", lambda w: type(w) is int and w >= 0, "must be a whole number of tokens, 0 for all, or a tuple"),
         ):
-            self._require(len(pattern) > 0 and all(map(good, pattern)), name, "holds a value that is not allowed")
+            pattern = self._pattern(name)
+            self._require(len(pattern) > 0 and all(map(good, pattern)), name, what)
         if "learned" in self._pattern("positions"):
             self._require(
                 set(self._pattern("positions")) == {"learned"}, "positions", "learned positions hold for all layers"

@@ -78,12 +78,13 @@ class Fit:
 
     def run(self) -> Trainer:
         """Train until it is done, stopped or interrupted, without an event loop. In a script a second Ctrl-C is final."""
-        trainer, watch = self._start(stoppable=False)
-        with Patience() as patience, watch, contextlib.closing(trainer.every_step()) as steps:
-            for step in steps:
-                watch.look(step)
-                if patience.asked:
-                    trainer.stop()
+        with Patience() as patience:
+            trainer, watch = self._start(stoppable=False)
+            with watch, contextlib.closing(trainer.every_step()) as steps:
+                for step in steps:
+                    watch.look(step)
+                    if patience.asked:
+                        trainer.stop()
         return trainer
 
 

@@ -52,7 +52,11 @@ def filtered(logits: Float[Array, "B V"], settings: Settings) -> Float[Array, "B
     ranked = jnp.where(jnp.arange(vocab) < k, ranked, -jnp.inf)
     share = jax.nn.softmax(ranked, axis=-1)
     before = jnp.cumsum(share, axis=-1) - share  # probability of all that rank higher: the first token always stays
-    kept = (before < settings.top_p) & (share >= settings.min_p * share[:, :1]) & jnp.isfinite(ranked)
+    kept = (
+        ((before < settings.top_p) | (settings.top_p >= 1))
+        & (share >= settings.min_p * share[:, :1])
+        & jnp.isfinite(ranked)
+    )
     back = jnp.argsort(order, axis=-1)
     return jnp.where(jnp.take_along_axis(kept, back, axis=-1), logits, -jnp.inf)
 
@@ -64,7 +68,7 @@ def pick(logits: Float[Array, "B V"], seen: Bool[Array, "B V"], settings: Settin
     logits = jnp.where(seen, punished, logits)
 
     def sample(logits: Array) -> Array:
-        logits = logits / settings.temperature
+        logits = (logits - logits.max(-1, keepdims=True)) / settings.temperature  # so that no temperature overflows
         plain = (settings.top_k == 0) & (settings.top_p >= 1) & (settings.min_p <= 0)
         # Sorting the vocabulary costs more than a tiny model's forward pass: only when a filter is on.
         logits = jax.lax.cond(plain, lambda x: x, lambda x: filtered(x, settings), logits)
@@ -128,7 +132,8 @@ def generate_tokens(
 ) -> Iterator[np.ndarray]:
     """Yield arrays (B, n), the next n token ids of every prompt, until `tokens` of them were made.
 
-    A text that outgrows the context goes on from its newest half: the cache is filled anew with those tokens.
+    A text that outgrows the context is seen from `window` on: whenever it fills the context, its oldest half is dropped
+    and the cache is filled anew. What a row sees depends on its own length alone, never on `chunk` or the other rows.
 
     Args:
         model: a decoder. prompts: token ids, at least one each (usually the end token first).
@@ -136,40 +141,44 @@ def generate_tokens(
         chunk: tokens made per call of the compiled loop; more is a little faster, fewer streams more smoothly.
 
     Raises:
-        GenerateError: the model is an encoder, a prompt is empty, `tokens` is negative. ValueError: ids out of range.
+        GenerateError: the model is an encoder, a prompt is empty, `tokens` is negative, `seed` is not in 0..2^32 - 1.
+        ValueError: ids out of range.
     """
     config = model.config
     if config.kind != "decoder":
         raise GenerateError(f"this model is an {config.kind}: it fills gaps and cannot continue a text; load a decoder")
     if tokens < 0 or chunk < 1:
         raise GenerateError(f"tokens = {tokens}, chunk = {chunk}: give at least 0 and 1")
+    if not 0 <= seed < 2**32:
+        raise GenerateError(f"seed = {seed}: must be a whole number from 0 to 2^32 - 1")
     texts = [check_tokens(prompt, config.vocab).tolist() for prompt in prompts]
     if not texts or not all(texts):
         raise GenerateError("a prompt without tokens cannot be continued; start with the tokenizer's end token")
     graph, params = pure(model)
     read, write = compiled(graph)
     settings = Settings.of(sampling or Sampling())
-    chunk = max(1, min(chunk, config.context // 2))
+    chunk = min(chunk, config.context)
     text, made, room = None, 0, 0
     while made < tokens:
-        if text is None or room < chunk:
-            text, room = start(texts, config.context, config.vocab, functools.partial(read, params), chunk)
+        if text is None or room < 1:
+            text, room = start(texts, config.context, config.vocab, functools.partial(read, params))
         text, new = write(params, text, settings, np.uint32(seed), np.int32(made), count=chunk)
-        new = np.asarray(new)[:, : tokens - made]
+        new = np.asarray(new)[:, : min(room, tokens - made)]  # what overran a full cache is made again
         for row, ids in zip(texts, new.tolist(), strict=True):
             row.extend(ids)
-        made, room = made + new.shape[1], room - chunk
+        made, room = made + new.shape[1], room - chunk  # 0 or less: some row is full
         yield new
 
 
-def start(texts: list[list[int]], context: int, vocab: int, read: Callable, chunk: int) -> tuple[Text, int]:
-    """Read what fits of each text; returns it and how many tokens every row has room for.
+def window(length: int, context: int) -> int:
+    """First token seen of a text of `length` tokens: 0 while it fits, then moved on by half a context at a time."""
+    half = max(1, context // 2)
+    return max(0, -(-(length - context) // half) * half)
 
-    A text that fills the context is cut to its newest half, so that reading again is rare.
-    """
-    fits = context - chunk
-    tails = [ids if len(ids) <= fits else ids[-max(1, context // 2) :] for ids in texts]
-    tails = [ids[-fits:] if fits and len(ids) > fits else ids for ids in tails]
+
+def start(texts: list[list[int]], context: int, vocab: int, read: Callable) -> tuple[Text, int]:
+    """Read the window of each text; returns it and how many tokens all rows can make before one is full."""
+    tails = [ids[window(len(ids), context) :] for ids in texts]
     longest = max(map(len, tails))
     width = min(context, -(-longest // 32) * 32)  # a multiple of 32: few shapes to compile
     tokens = np.zeros((len(tails), width), np.int32)
@@ -178,7 +187,7 @@ def start(texts: list[list[int]], context: int, vocab: int, read: Callable, chun
         tokens[row, : len(ids)] = ids
         seen[row, whole] = True
     lengths = np.array([len(ids) for ids in tails], np.int32)
-    return read(tokens, lengths, seen), context - longest
+    return read(tokens, lengths, seen), context - longest + 1  # the first needs no room: its logits are there
 
 
 def stream(

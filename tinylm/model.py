@@ -434,6 +434,8 @@ class Transformer(nnx.Module):
             raise ValueError(f"{t} tokens do not fit a context of {self.config.context}")
         if cache is not None and segments is not None:
             raise ValueError("segments cannot be used with a cache: keys read earlier have no segment")
+        if cache is not None and self.config.kind == "encoder":
+            raise ValueError("an encoder cannot use a cache: every position also sees the later ones")
         start = None if cache is None else cache.length
         if positions is None:
             positions = jnp.arange(t)[None] if start is None else start[:, None] + jnp.arange(t)[None]

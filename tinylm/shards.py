@@ -187,7 +187,7 @@ class Tokens:
     """A split's tokens: shards on disk, memory-mapped, seen as one row. `len(tokens)`, `tokens[a:b]` -> (b-a,) int32.
 
     Attributes:
-        documents, bytes: of the raw text. vocab, end, tokenizer_sha256: of the tokenizer.
+        split: its name. documents, bytes: of the raw text. vocab, end, tokenizer_sha256: of the tokenizer.
         sha256: of the whole split (the shards' hashes, hashed), known without reading the shards.
     """
 
@@ -198,6 +198,7 @@ class Tokens:
         self._parts = parts
         self._starts = np.cumsum([0, *map(len, parts)])
         self._files = list(files)
+        self.split: str = meta["split"]
         self.documents: int = meta["documents"]
         self.bytes: int = meta["bytes"]
         self.vocab: int = meta["vocab"]
@@ -229,6 +230,7 @@ class Tokens:
                     raise DataError(f"{path}: {key} = {side[key]!r}, but {found[0].name} says {lead[key]!r}")
         parts = [_map(path, side) for path, side in zip(found, sidecars, strict=True)]
         meta = {**lead, **{k: sum(s[k] for s in sidecars) for k in ("documents", "bytes")}}
+        meta["split"] = split
         meta["sha256"] = hashlib.sha256("".join(s["sha256"] for s in sidecars).encode()).hexdigest()
         tokens = cls(parts, meta, [(p.with_suffix(".bin"), s["sha256"]) for p, s in zip(found, sidecars, strict=True)])
         tokens.folder, tokens.split = folder, split
@@ -255,7 +257,7 @@ class Tokens:
         held = np.array(ids, np.uint16 if vocab <= 2**16 else np.uint32)
         held.flags.writeable = False
         sha = hashlib.sha256(held.tobytes() + str(vocab).encode()).hexdigest()
-        meta = {"documents": documents, "bytes": bytes, "vocab": vocab, "end": end, "sha256": sha}
+        meta = {"documents": documents, "bytes": bytes, "vocab": vocab, "end": end, "sha256": sha, "split": "memory"}
         return cls([held], {**meta, "tokenizer_sha256": tokenizer})
 
     def __len__(self) -> int:

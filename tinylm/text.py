@@ -80,6 +80,10 @@ def sample(docs: Iterable[str], count: int, *, seed: int = 0) -> list[str]:
 
 SHINGLE = 5  # words
 HASHES = 100
+# a random odd factor each: x -> factor x mod 2^64 orders the shingles anew
+FACTORS = np.random.Generator(np.random.PCG64(HASHES)).integers(0, 2**63, HASHES, np.uint64) * np.uint64(2) + np.uint64(
+    1
+)
 WORD = re.compile(r"\w+")
 
 
@@ -120,89 +124,86 @@ def deduplicate(docs: Iterable[str], *, near: float | None = 0.8) -> tuple[list[
     if near is not None and not 0 < near <= 1:
         raise TextError(f"near = {near}: a similarity above 0 and at most 1, or None")
     seen: set[bytes] = set()
-    kept: list[str] = []
+    unique: list[str] = []
     examples: list[tuple[str, str]] = []
-    finder = _Near(near) if near is not None else None
-    total = exact = nearly = before = after = 0
-    docs = iter(docs)
-    while block := list(itertools.islice(docs, 1024)):
-        fresh = []
-        for text in block:
-            total += 1
-            before += len(text.encode())
-            mark = fingerprint(text)
-            if mark in seen:
-                exact += 1
-                examples.append((text[:100], text[:100]))
-            else:
-                seen.add(mark)
-                fresh.append(text)
-        twins = finder.add(fresh) if finder else [None] * len(fresh)
-        for text, twin in zip(fresh, twins, strict=True):
-            if twin is None:
-                kept.append(text)
-                after += len(text.encode())
-            else:
-                nearly += 1
-                examples.append((twin, text[:100]))
-        del examples[5:]
-    return kept, DedupReport(total, exact, nearly, len(kept), before, after, near, tuple(examples))
+    total = before = 0
+    for text in docs:
+        total += 1
+        before += len(text.encode())
+        mark = fingerprint(text)
+        if mark not in seen:
+            seen.add(mark)
+            unique.append(text)
+        elif len(examples) < 3:
+            examples.append((text[:100], text[:100]))
+    twins = {} if near is None else _twins(unique, near)
+    examples += [(unique[first][:100], unique[i][:100]) for i, first in list(twins.items())[: 5 - len(examples)]]
+    kept = [text for i, text in enumerate(unique) if i not in twins]
+    after = sum(len(text.encode()) for text in kept)
+    exact = total - len(unique)
+    return kept, DedupReport(total, exact, len(twins), len(kept), before, after, near, tuple(examples))
 
 
-class _Near:
-    """The kept documents so far: their shingles, MinHash signatures, and buckets of equal bands."""
+def _twins(texts: list[str], near: float) -> dict[int, int]:
+    """Each text to remove -> the earlier, kept text that it nearly repeats.
 
-    def __init__(self, near: float) -> None:
-        self.near = near
-        self.bands, self.rows, _ = bands(near)
-        rng = np.random.Generator(np.random.PCG64(HASHES))
-        self.factor = rng.integers(0, 2**63, HASHES, np.uint64) * np.uint64(2) + np.uint64(1)
-        self.ids: dict[str, int] = {}
-        self.buckets: dict[int, list[int]] = defaultdict(list)
-        self.shingles: list[np.ndarray] = []
-        self.signs: list[np.ndarray] = []
-        self.heads: list[str] = []
+    Only texts that share a band with another are looked at again, so beside the texts the memory is about 1 kB each.
+    """
+    count, rows, _ = bands(near)
+    ids: dict[str, int] = {}
+    if not texts:
+        return {}
+    keys = np.concatenate(
+        [_bands(texts[at : at + 1024], ids, count, rows) for at in range(0, len(texts), 1024)]
+    ).ravel()
+    order = np.argsort(keys, kind="stable")
+    keys = keys[order]
+    same = keys[1:] == keys[:-1]
+    shared = (np.append(False, same) | np.append(same, False)) & (keys != 0)
+    group = np.cumsum(np.append(True, ~same))[shared]
+    text = order[shared] // count
+    order = np.argsort(text, kind="stable")
+    text, group = text[order], group[order]
+    twins: dict[int, int] = {}
+    kept: dict[int, list[int]] = defaultdict(list)  # group of equal bands -> the texts in it that stay
+    sets: dict[int, np.ndarray] = {}
+    for part in np.split(np.arange(len(text)), np.flatnonzero(np.diff(text)) + 1) if len(text) else []:
+        me, groups = int(text[part[0]]), group[part].tolist()
+        mine = _shingles(texts[me], ids)
+        for other in sorted({i for g in groups for i in kept[g]}):
+            both = len(np.intersect1d(mine, sets[other], assume_unique=True))
+            if both >= near * (len(mine) + len(sets[other]) - both):
+                twins[me] = other
+                break
+        else:
+            sets[me] = mine
+            for g in groups:
+                kept[g].append(me)
+    return twins
 
-    def add(self, texts: list[str]) -> list[str | None]:
-        """For each text the beginning of the kept document it nearly repeats, or None: then it is kept from now on."""
-        sets = [np.unique(_grams(_numbers(text, self.ids), SHINGLE, whole=True)) for text in texts]
-        held = [s for s in sets if len(s)]
-        if not held:
-            return [None] * len(texts)
-        flat = np.concatenate(held)
-        starts = np.cumsum([0, *map(len, held)])[:-1]
-        signs = np.empty((len(held), HASHES), np.uint32)
-        for k, factor in enumerate(self.factor):
-            signs[:, k] = np.minimum.reduceat(flat * factor, starts) >> np.uint64(32)
-        banded = signs[:, : self.bands * self.rows].reshape(len(held), self.bands, self.rows)
-        keys = np.zeros((len(held), self.bands), np.uint64) + np.arange(self.bands, dtype=np.uint64)
-        for row in range(self.rows):
-            keys = _scramble(keys ^ banded[:, :, row])
-        keyed = iter(zip(keys.tolist(), signs, strict=True))
-        return [
-            self._twin(text, shingles, *next(keyed)) if len(shingles) else None
-            for text, shingles in zip(texts, sets, strict=True)
-        ]
 
-    def _twin(self, text: str, shingles: np.ndarray, keys: list[int], sign: np.ndarray) -> str | None:
-        candidates = sorted({i for key in keys if key in self.buckets for i in self.buckets[key]})
-        if candidates:
-            # the signature's estimate has a deviation of at most 0.05: five of them below the threshold is no candidate
-            alike = (np.stack([self.signs[i] for i in candidates]) == sign).mean(1)
-            for i in np.array(candidates)[alike >= self.near - 0.25]:
-                other = self.shingles[i]
-                small, large = sorted((len(shingles), len(other)))
-                if small < self.near * large:
-                    continue
-                both = len(np.intersect1d(shingles, other, assume_unique=True))
-                if both >= self.near * (small + large - both):
-                    return self.heads[i]
-        for key in keys:
-            self.buckets[key].append(len(self.heads))
-        self.shingles.append(shingles)
-        self.signs.append(sign)
-        self.heads.append(text[:100])
-        return None
+def _bands(texts: list[str], ids: dict[str, int], count: int, rows: int) -> np.ndarray:
+    """(texts, count) uint64: a hash of each band of each text's MinHash signature; 0 for a text without words."""
+    sets = [_shingles(text, ids) for text in texts]
+    full = np.array([len(s) > 0 for s in sets])
+    out = np.zeros((len(texts), count), np.uint64)
+    if not full.any():
+        return out
+    sets = [s for s in sets if len(s)]
+    flat, starts = np.concatenate(sets), np.cumsum([0, *map(len, sets)])[:-1]
+    keys = np.zeros((count, len(sets)), np.uint64) + np.arange(count, dtype=np.uint64)[:, None]
+    least = np.empty_like(keys)
+    for factors in FACTORS[: count * rows].reshape(rows, count):
+        for band, factor in enumerate(factors):
+            np.minimum.reduceat(flat * factor, starts, out=least[band])
+        keys = _scramble(keys ^ least)
+    out[full] = keys.T | np.uint64(1)
+    return out
+
+
+def _shingles(text: str, ids: dict[str, int]) -> np.ndarray:
+    """The set of a text's 5-word runs as sorted hashes; a shorter text is one run."""
+    return np.unique(_grams(_numbers(text, ids), SHINGLE, whole=True))
 
 
 def _numbers(text: str, ids: dict[str, int]) -> np.ndarray:

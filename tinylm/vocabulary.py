@@ -254,7 +254,9 @@ def _vocab(model: dict[str, Any]) -> dict[str, int]:
     require(isinstance(raw, dict) and raw, f"{model['type']}.vocab must be an object of token: id")
     for name, i in raw.items():
         if not name or type(i) is not int:
-            raise TokenizerError(f"{model['type']}.vocab: id {_short(i)} of {_short(name)} is not a whole number of a token")
+            raise TokenizerError(
+                f"{model['type']}.vocab: id {_short(i)} of {_short(name)} is not a whole number of a token"
+            )
     return raw
 
 

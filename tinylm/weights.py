@@ -48,12 +48,15 @@ def dotted(path: tuple) -> str:
     return ".".join(map(str, path))
 
 
-def named(model: nnx.Module) -> dict[str, Array]:
-    """Every parameter by its dotted path. These are the live arrays, not copies: copy before donating them."""
+def named(model: nnx.Module) -> dict[str, Any]:
+    """Every parameter by its dotted path. These are the live arrays, not copies: copy before donating them.
+
+    For an abstract model (`nnx.eval_shape`) they are shapes.
+    """
     return {dotted(path): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(model))}
 
 
-def pure(model: nnx.Module) -> tuple[Any, dict[str, Array]]:
+def pure(model: nnx.Module) -> tuple[Any, dict[str, Any]]:
     """The model taken apart into a static graph, equal for equal configurations, and its parameters by name.
 
     `bind` puts them together again: `jax.jit(lambda p, x: bind(graph, p)(x))(params, tokens)` is the kit's one way to

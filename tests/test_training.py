@@ -1,0 +1,448 @@
+"""The loop: exact under interrupts, kills and resumes; guarded against what is not finite; honest about its input."""
+
+import hashlib
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tinylm.checkpoint import Run, StateMismatch, load
+from tinylm.config import ConfigError, ModelConfig, TrainConfig
+from tinylm.data import Windows
+from tinylm.model import Transformer
+from tinylm.shards import Tokens, write_tokens
+from tinylm.step import compiled_update
+from tinylm.tokenizer import Tokenizer
+from tinylm.training import Interrupt, TrainingDiverged, resume, train
+from tinylm.weights import named
+from tinylm.world import World
+
+MODEL = ModelConfig(vocab=512, context=32, width=32, layers=2, heads=2, dropout=0.1, window=(0, 16))
+CONFIG = TrainConfig(steps=30, batch=4, learning_rate=1e-2, warmup=4, log_every=1, accumulate=2, seed=3)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(World().texts(60), vocab=512)
+
+
+@pytest.fixture(scope="module")
+def shards(tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    write_tokens(World().texts(12), tokenizer, folder, split="train")
+    write_tokens(World().texts(4, seed=1), tokenizer, folder, split="valid")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokens(shards) -> Tokens:
+    return Tokens.open(shards, "train")
+
+
+def fresh(tokenizer=None, config: ModelConfig = MODEL) -> Transformer:
+    return Transformer(config, rngs=1, tokenizer=tokenizer)
+
+
+def digest(trainer) -> str:
+    """Of every bit of the training state."""
+    found = hashlib.sha256()
+    for name, value in sorted(trainer.tensors().items()):
+        found.update(name.encode() + np.ascontiguousarray(value).tobytes())
+    return found.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def reference(tokens, tokenizer):
+    """An uninterrupted run: its trainer, with every loss."""
+    trainer = train(fresh(tokenizer), tokens, CONFIG)
+    for _ in trainer:
+        pass
+    return trainer
+
+
+# --- what a run gives -------------------------------------------------------------------------------------------------
+
+
+def test_it_learns_and_reports(reference, tokens):
+    assert reference.outcome == "done"
+    assert [step.step for step in reference.history] == list(range(1, 31))
+    assert np.mean(reference.losses[-5:]) < np.mean(reference.losses[:5]) - 0.3
+    last = reference.history[-1]
+    assert last.tokens == 30 * 4 * 32
+    assert last.progress == 1.0
+    assert last.learning_rate == pytest.approx(1e-2 * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * 29 / 30))))
+    assert len(tokens) < 30 * 4 * 32, "the run must cross an epoch border for the resume tests to mean anything"
+
+
+def test_the_model_is_current_at_every_yield(tokens, tokenizer):
+    trainer = train(fresh(tokenizer), tokens, CONFIG.replace(steps=6, log_every=3))
+    for step in trainer:
+        held = named(trainer.model)
+        assert all((held[name] == value).all() for name, value in trainer.state.params.items())
+        assert step.step % 3 == 0
+    assert [s.step for s in trainer.history] == [3, 6]
+    assert len(trainer.losses) == 6
+
+
+def test_weights_handed_out_survive_later_steps(tokens):
+    """The step reuses its buffers; what a caller took from the model must stay readable and unchanged."""
+    taken = []
+    for step in (trainer := train(fresh(), tokens, CONFIG.replace(steps=8, log_every=2))):
+        taken.append((step, {k: (v, np.array(v)) for k, v in named(trainer.model).items()}))
+    for _, weights in taken:
+        assert all((np.asarray(live) == copy).all() for live, copy in weights.values())
+
+
+def test_validation_is_the_mean_loss_of_its_batches(tokens, shards, tokenizer):
+    valid = Tokens.open(shards, "valid")
+    model = fresh(tokenizer)
+    trainer = train(model, tokens, CONFIG.replace(steps=4, eval_every=2, eval_batches=3), valid=valid)
+    steps = list(trainer)
+    assert [s.step for s in steps if s.valid_loss is not None] == [2, 4]
+    windows, nats = Windows(valid, batch=4, length=32, seed=0), []
+    for i in range(3):
+        batch = windows(i)
+        logp = jax.nn.log_softmax(model(batch.tokens))
+        nats.append(-np.take_along_axis(np.asarray(logp), batch.targets[..., None], -1).mean())
+    assert steps[-1].valid_loss == pytest.approx(np.mean(nats), rel=1e-5)
+    assert steps[-1].valid_bits == pytest.approx(steps[-1].valid_loss / np.log(2) / valid.bytes_per_token)
+
+
+def test_a_budget_ends_in_time_and_tokens_become_steps(tokens):
+    trainer = train(fresh(), tokens, TrainConfig(budget=2.0, batch=4, log_every=5))
+    begun = time.perf_counter()
+    rates = [step.learning_rate for step in trainer]
+    assert trainer.outcome == "done"
+    assert time.perf_counter() - begun < 6.0
+    assert rates[-1] < max(rates)
+    assert train(fresh(), tokens, TrainConfig(tokens=1000, batch=4)).steps == 8
+
+
+def test_run_jsonl_holds_every_logged_step(tokens, tokenizer, tmp_path):
+    trainer = train(fresh(tokenizer), tokens, CONFIG.replace(steps=5, log_every=2), out=tmp_path / "run")
+    for _ in trainer:
+        pass
+    lines = [json.loads(line) for line in (tmp_path / "run" / "run.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 5]
+    assert {"step", "loss", "tokens", "seconds", "learning_rate", "grad_norm"} <= lines[0].keys()
+    assert [line["loss"] for line in lines] == [trainer.losses[i] for i in (1, 3, 4)]
+    assert Run.open(tmp_path / "run").steps() == [5]
+    again = load(tmp_path / "run")
+    assert all((named(again)[k] == v).all() for k, v in named(trainer.model).items())
+    assert again.tokenizer == tokenizer
+
+
+def test_a_tracker_hears_everything(tokens):
+    heard = []
+
+    class Heard:
+        def start(self, config):
+            heard.append(("start", config["train"]["steps"]))
+
+        def log(self, record):
+            heard.append(("log", record["step"]))
+
+        def finish(self, outcome):
+            heard.append(("finish", outcome))
+
+    for _ in train(fresh(), tokens, CONFIG.replace(steps=2), tracker=Heard()):
+        pass
+    assert heard == [("start", 2), ("log", 1), ("log", 2), ("finish", "done")]
+
+
+def test_training_again_compiles_nothing(tokens):
+    for _ in train(fresh(), tokens, CONFIG.replace(steps=1)):
+        pass
+    update = train(fresh(), tokens, CONFIG).update
+    size = update._cache_size()
+    for _ in train(fresh(), tokens, CONFIG.replace(steps=2, learning_rate=0.5, seed=9)):
+        pass
+    assert compiled_update.cache_info().hits > 0
+    assert train(fresh(), tokens, CONFIG).update is update
+    assert update._cache_size() == size
+
+
+def test_mlm_learns(tokens, tokenizer):
+    encoder = fresh(tokenizer, MODEL.replace(kind="encoder", head="mlm", dropout=0.0))
+    trainer = train(encoder, tokens, CONFIG.replace(steps=40, objective="mlm", mask_rate=0.3, batch=8))
+    for _ in trainer:
+        pass
+    assert np.mean(trainer.losses[-8:]) < np.mean(trainer.losses[:3]) - 0.3
+
+
+# --- stopping and going on --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stops", [[1], [2], [29], [5, 6, 20]])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(stops, reference, tokens, tokenizer, tmp_path):
+    trainer = train(fresh(tokenizer), tokens, CONFIG, out=tmp_path / "run")
+    losses = []
+    for stop in stops:
+        for step in trainer:
+            if step.step >= stop:
+                trainer.stop()
+        losses += trainer.losses
+        trainer.run.close()
+        trainer = resume(tmp_path / "run", data=tokens)
+        assert trainer.step == len(losses)
+    for _ in trainer:
+        pass
+    losses += trainer.losses
+    assert losses == reference.losses
+    assert digest(trainer) == digest(reference)
+    trainer.run.close()
+
+
+PLANTED = {
+    "first moments lost": lambda t: {k: v * 0 if ".mu." in k else v for k, v in t.items()},
+    "second moments lost": lambda t: {k: v * 0 if ".nu." in k else v for k, v in t.items()},
+    "Adam's count lost": lambda t: {k: v * 0 if k.endswith("count") else v for k, v in t.items()},
+    "weights rounded": lambda t: {
+        k: np.asarray(v, jax.numpy.bfloat16).astype(v.dtype) if k.startswith("params.") else v for k, v in t.items()
+    },
+    "dropout's key not advanced": lambda t: {k: v - 1 if k == "step" else v for k, v in t.items()},
+}
+
+
+@pytest.mark.parametrize("bug", [*PLANTED, "data from the start", "data off by one"])
+def test_the_resume_test_sees_planted_bugs(bug, reference, tokens, tokenizer, tmp_path):
+    trainer = train(fresh(tokenizer), tokens, CONFIG, out=tmp_path / "run")
+    for step in trainer:
+        if step.step == 10:
+            trainer.stop()
+    trainer.run.close()
+    trainer = resume(tmp_path / "run", data=tokens)
+    if bug in PLANTED:
+        changed = PLANTED[bug](trainer.tensors())
+        assert any((changed[k] != v).any() for k, v in trainer.tensors().items())
+        trainer.adopt(changed)
+        trainer.step = 10
+    else:
+        right = trainer.batches
+        trainer.batches = lambda step: right(step - 10 if bug == "data from the start" else step + 1)
+    for _ in trainer:
+        pass
+    trainer.run.close()
+    assert digest(trainer) != digest(reference)
+
+
+CHILD = """
+import os, sys
+os.environ["NPROC"] = "2"
+from tinylm.training import resume, train
+from tinylm.checkpoint import Run
+from tinylm.shards import Tokens
+import test_training as t
+folder, shards = sys.argv[1:]
+tokens = Tokens.open(shards, "train")
+if os.path.exists(folder + "/config.json") and Run.open(folder).steps():
+    trainer = resume(folder)
+else:
+    import shutil
+    shutil.rmtree(folder, ignore_errors=True)
+    trainer = train(t.fresh(), tokens, t.CONFIG.replace(steps=400, save_every=0.001), out=folder)
+trainer._save_is_due = lambda: trainer.step % 10 == 0
+for step in trainer:
+    print(step.step, flush=True)
+"""
+
+
+def child(folder: Path, shards: Path) -> subprocess.Popen:
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": path}
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(folder), str(shards)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
+    )
+
+
+def logged(folder: Path) -> list[tuple[int, float]]:
+    return [(r["step"], r["loss"]) for r in map(json.loads, (folder / "run.jsonl").read_text().splitlines())]
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.slow)])
+def test_kill_9_loses_at_most_an_interval_and_changes_nothing(kills, shards, tmp_path):
+    whole = child(tmp_path / "whole", shards)
+    _, err = whole.communicate(timeout=300)
+    assert whole.returncode == 0, err.decode()
+    rng, killed = random.Random(7), 0
+    for _ in range(kills + 20):
+        process = child(tmp_path / "killed", shards)
+        assert process.stdout is not None
+        seen = int(process.stdout.readline() or 0)
+        if killed < kills:
+            for line in itertools.islice(process.stdout, rng.randrange(5, 120)):
+                seen = int(line)
+            time.sleep(rng.random() * 0.02)
+            process.kill()
+            killed += 1
+        _, err = process.communicate(timeout=300)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, err.decode()
+        newest = max(Run.open(tmp_path / "killed").steps(), default=0)
+        assert newest >= seen - 10
+    assert killed == kills
+    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
+    tensors = [Run.open(tmp_path / name).restore()[1] for name in ("whole", "killed")]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all((tensors[0][k] == tensors[1][k]).all() for k in tensors[0])
+
+
+def test_ctrl_c_at_any_moment_leaves_an_exact_state(reference, tokens, tokenizer):
+    """SIGINT at random moments of many sittings: the model is always usable and the losses are the undisturbed ones."""
+    trainer, rng, interrupts = train(fresh(tokenizer), tokens, CONFIG), random.Random(5), 0
+    while trainer.outcome != "done":
+        timer = threading.Timer(rng.random() * 0.05, os.kill, (os.getpid(), signal.SIGINT))
+        timer.start()
+        try:
+            for _ in trainer:
+                pass
+            timer.cancel()
+            timer.join()
+        except KeyboardInterrupt:  # it came before the loop or after it
+            pass
+        if trainer.outcome == "interrupted":
+            interrupts += 1
+            assert trainer.signal == signal.SIGINT
+        held = named(trainer.model)
+        assert all((held[name] == value).all() for name, value in trainer.state.params.items())
+    assert interrupts > 0
+    assert trainer.losses == reference.losses
+    assert digest(trainer) == digest(reference)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_acts_at_once():
+    with Interrupt() as interrupt:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.asked == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+def test_leaving_the_loop_keeps_the_state_and_iterating_goes_on(reference, tokens, tokenizer):
+    trainer = train(fresh(tokenizer), tokens, CONFIG)
+    for step in trainer:
+        if step.step == 4:
+            break
+    assert trainer.outcome == "stopped"
+    with pytest.raises(ZeroDivisionError):
+        for _ in trainer:
+            _ = 1 / 0
+    for _ in trainer:
+        pass
+    assert trainer.losses == reference.losses
+    assert digest(trainer) == digest(reference)
+
+
+def test_training_off_the_main_thread_works(tokens):
+    done = []
+    thread = threading.Thread(target=lambda: done.extend(train(fresh(), tokens, CONFIG.replace(steps=3))))
+    thread.start()
+    thread.join()
+    assert len(done) == 3
+
+
+# --- what must not get through ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("poison", [np.nan, np.inf])
+@pytest.mark.parametrize("at", [0, 5])
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(poison, at, tokens, tokenizer, tmp_path):
+    clean = Windows(tokens, batch=4, length=32, seed=3)
+
+    def batches(step):
+        batch = clean(step)
+        weights = np.ones_like(batch.targets, np.float32)
+        weights[0, 0] = poison if step == at else 1
+        return batch._replace(weights=weights)
+
+    trainer = train(fresh(tokenizer), batches, CONFIG, out=tmp_path / "run")
+    with pytest.raises(TrainingDiverged, match=f"step {at + 1}.*weights of step {at}.*learning_rate"):
+        for _ in trainer:
+            pass
+    assert trainer.outcome == "diverged"
+    assert trainer.step == at
+    assert all(np.isfinite(value).all() for value in trainer.tensors().values())
+    twin = train(fresh(tokenizer), lambda step: batches(step) if step < at else clean(step), CONFIG)
+    for step in twin.every_step() if at else ():
+        if step.step == at:
+            twin.stop()
+    if at:
+        twin_at = train(fresh(tokenizer), batches, CONFIG)
+        for step in twin_at:
+            if step.step == at:
+                twin_at.stop()
+        assert digest(twin_at) == digest(trainer)
+    assert Run.open(tmp_path / "run").restore()[0] == at
+    trainer.run.close()
+
+
+def test_a_disk_that_refuses_a_checkpoint_does_not_end_the_run(tokens, tmp_path, monkeypatch):
+    trainer = train(fresh(), tokens, CONFIG.replace(steps=6, save_every=1e-9), out=tmp_path / "run")
+    save, full = trainer.run.save, [True]
+
+    def refuse(*args):
+        if full.pop() if full else False:
+            raise OSError(28, "No space left on device")
+        return save(*args)
+
+    monkeypatch.setattr(trainer.run, "save", refuse)
+    with pytest.warns(UserWarning, match="no checkpoint at step 1: .*No space left.*training goes on"):
+        for _ in trainer:
+            pass
+    assert trainer.outcome == "done"
+    assert isinstance(trainer.last_error, OSError)
+    assert Run.open(tmp_path / "run").steps()[-1] == 6
+    trainer.run.close()
+
+
+def test_wrong_combinations_are_refused(tokens, tokenizer, shards, tmp_path):
+    with pytest.raises(ConfigError, match='objective "mlm" needs a encoder|needs an encoder'):
+        train(fresh(tokenizer), tokens, CONFIG.replace(objective="mlm"))
+    with pytest.raises(ConfigError, match="512 token ids, the model knows 100"):
+        train(fresh(config=MODEL.replace(vocab=100)), tokens, CONFIG)
+    with pytest.raises(ConfigError, match="length = 64 is longer than the model's context of 32"):
+        train(fresh(), tokens, CONFIG.replace(length=64))
+    other = Tokenizer.train(["abc abd"], vocab=300)
+    with pytest.raises(ConfigError, match="another tokenizer"):
+        train(fresh(other), tokens, CONFIG)
+    encoder = fresh(config=MODEL.replace(kind="encoder"))
+    with pytest.raises(ConfigError, match="needs a tokenizer with a mask token"):
+        train(encoder, tokens, CONFIG.replace(objective="mlm"))
+    trainer = train(fresh(tokenizer), tokens, CONFIG.replace(steps=2), out=tmp_path / "run")
+    for _ in trainer:
+        pass
+    trainer.run.close()
+    with pytest.raises(FileExistsError):
+        train(fresh(tokenizer), tokens, CONFIG, out=tmp_path / "run")
+    with pytest.raises(StateMismatch, match="the tokens of .* have changed|data of .* has changed"):
+        resume(tmp_path / "run", data=Tokens.open(shards, "valid"))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        resume(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match='out="runs/name"'):
+        train(fresh(), tokens, CONFIG).save()
+
+
+def test_a_run_can_be_made_longer(tokens, tokenizer, tmp_path):
+    trainer = train(fresh(tokenizer), tokens, CONFIG.replace(steps=3), out=tmp_path / "run")
+    for _ in trainer:
+        pass
+    trainer.run.close()
+    trainer = resume(tmp_path / "run", steps=5)
+    assert [s.step for s in trainer.history] == [1, 2, 3]
+    assert [s.step for s in trainer] == [4, 5]
+    assert [s.step for s in trainer.history] == [1, 2, 3, 4, 5]
+    assert Run.open(tmp_path / "run").train.steps == 5
+    trainer.run.close()

@@ -1,0 +1,171 @@
+"""From any source to what training needs: clean documents, a tokenizer, token shards of train and valid, provenance.
+
+A folder made here holds tokenizer.json, train-*.bin, valid-*.bin with their sidecars, and provenance.json. Asking for
+the same again finds it and does nothing; asking for something else in the same folder is refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tinylm.config import ConfigError
+from tinylm.shards import Tokens, write_tokens
+from tinylm.text import clean as without_overlap
+from tinylm.text import deduplicate, documents, sample, split
+from tinylm.tokenizer import Kind, Tokenizer
+from tinylm.world import World
+
+WORLD_BYTES = 16_000_000  # of the embedded world, where a source is "world" and nothing says how much
+LEARN_FROM = 20_000  # documents a tokenizer learns from: more changes nothing that shows
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """Token shards with their tokenizer. `about` is provenance.json: sources, hashes, counts before and after cleaning."""
+
+    folder: Path
+    tokenizer: Tokenizer
+    train: Tokens
+    valid: Tokens | None
+    about: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For json."""
+        return {"folder": str(self.folder), **self.about}
+
+    def __str__(self) -> str:
+        lines = [f"{self.folder}: vocabulary {self.tokenizer.vocab:,}, tokenizer sha256 {self.tokenizer.sha256[:16]}"]
+        for tokens in (self.train, self.valid):
+            if tokens is not None:
+                lines.append(
+                    f"{tokens.split}: {tokens.documents:,} documents, {tokens.bytes:,} bytes, {len(tokens):,} tokens, "
+                    f"{tokens.bytes_per_token:.2f} bytes per token, sha256 {tokens.sha256[:16]}"
+                )
+        return "\n".join(lines)
+
+
+def prepare(
+    sources: Sequence[str | os.PathLike] | Iterable[str],
+    folder: str | os.PathLike,
+    *,
+    valid: str | os.PathLike | None = None,
+    tokenizer: Tokenizer | str | os.PathLike | None = None,
+    vocab: int = 4096,
+    kind: Kind = "bpe",
+    clean: bool = True,
+    share: float = 0.05,
+    limit: int | None = None,
+    first: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Corpus:
+    """Read, clean, split, tokenize and write; or open what is there already.
+
+    Args:
+        sources: what `text.documents` reads (files, folders, "hf:ID"), or "world"; a single folder of shards made here
+            is opened as it is.
+        folder: where the shards go.
+        valid: source of the held-out documents; without it `share` of the documents, picked by their hash.
+        tokenizer: one to use, or its file; without it one of `kind` with `vocab` ids learns from the training text.
+        clean: remove equal and nearly equal documents, and held-out ones that occur in the training text.
+        limit: the first so many documents. first: only the first so many tokens of each.
+        say: gets a line at every stage.
+
+    Raises:
+        ConfigError: the folder holds other data. TextError, TokenizerError, DataError, FileNotFoundError.
+    """
+    sources, folder = list(sources), Path(folder)
+    if len(sources) == 1 and (Path(sources[0]) / "provenance.json").is_file():
+        return opened(Path(sources[0]))
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
+        tokenizer = Tokenizer.load(tokenizer)
+    wish = {
+        "sources": [identity(s) for s in sources],
+        "valid": None if valid is None else identity(valid),
+        "tokenizer": tokenizer.sha256 if tokenizer else {"kind": kind, "vocab": vocab},
+        "clean": clean,
+        "share": share,
+        "limit": limit,
+        "first": first,
+    }
+    if (folder / "provenance.json").is_file():
+        there = opened(folder)
+        if there.about["wish"] != json.loads(json.dumps(wish)):
+            raise ConfigError(
+                f"{folder} holds tokens made from other sources or settings; take another folder, or delete it"
+            )
+        say(f"{folder} is up to date")
+        return there
+
+    docs = [text for s in sources for text in read(s, limit)][:limit]
+    held = None if valid is None else list(read(valid, None))
+    size = sum(len(text.encode()) for text in docs)
+    say(f"read {len(docs):,} documents, {size / 1e6:.1f} MB")
+    about: dict[str, Any] = {"wish": wish, "documents_read": len(docs), "bytes_read": size}
+    if clean and any(s != "world" for s in sources):
+        docs, duplicates = deduplicate(docs)
+        about["duplicates"] = {"exact": duplicates.exact, "near": duplicates.near, "similarity": duplicates.threshold}
+        say(f"removed {duplicates.exact:,} equal and {duplicates.near:,} nearly equal documents")
+    if held is None:
+        docs, held = split(docs, valid=share)
+    if clean and any(s != "world" for s in sources):
+        held, overlap = without_overlap(held, docs)
+        about["contamination"] = {"exact": overlap.exact, "overlapping": overlap.overlapping, "ngram": overlap.ngram}
+        say(
+            f"removed {len(overlap.flagged):,} of {overlap.documents:,} held-out documents that occur in the training text"
+        )
+    if not docs:
+        raise ConfigError("no document is left to train on; give more text, or a smaller held-out share")
+    if tokenizer is None:
+        tokenizer = Tokenizer.train(sample(docs, LEARN_FROM), vocab=vocab, kind=kind)
+        say(f"learned a vocabulary of {tokenizer.vocab:,}")
+    found = tokenizer.round_trip(sample(docs, 1000))
+    about["round_trip_failures"] = found.failures
+    say(
+        f"{found.bytes_per_token:.2f} bytes per token; {found.failures} of {found.documents:,} documents change in a round trip"
+    )
+    if first is not None:
+        docs, held = ([tokenizer.decode(tokenizer.encode(text)[:first]) for text in part] for part in (docs, held))
+    for name, part in (("train", docs), ("valid", held)):
+        if part:
+            tokens = write_tokens(part, tokenizer, folder, split=name)
+            about[name] = {k: getattr(tokens, k) for k in ("documents", "bytes", "sha256")} | {"tokens": len(tokens)}
+    tokenizer.save(folder / "tokenizer.json")
+    # Last, and in one piece: a folder with provenance.json is whole.
+    partial = folder / f".provenance.json.{os.getpid()}"
+    partial.write_text(json.dumps(about, indent=2) + "\n")
+    partial.replace(folder / "provenance.json")
+    return opened(folder)
+
+
+def opened(folder: Path) -> Corpus:
+    """The corpus in a folder that `prepare` made."""
+    about = json.loads((folder / "provenance.json").read_text())
+    train = Tokens.open(folder, "train")
+    valid = Tokens.open(folder, "valid") if "valid" in about else None
+    return Corpus(folder, Tokenizer.load(folder / "tokenizer.json"), train, valid, about)
+
+
+def read(source: Any, limit: int | None) -> Iterable[str]:
+    """The documents of a source; "world" is the embedded one."""
+    return World().corpus(WORLD_BYTES) if source == "world" else documents(source, limit=limit)
+
+
+def identity(source: Any) -> str:
+    """What tells a source from another: the name of one that is far away, the hash of what lies here."""
+    if source == "world" or str(source).startswith("hf:"):
+        return str(source)
+    path, digest = Path(source), hashlib.sha256()
+    if not path.exists():
+        raise FileNotFoundError(f"no file or folder {str(source)!r}")
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        digest.update(f"{file.relative_to(path)}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return f"sha256:{digest.hexdigest()}"

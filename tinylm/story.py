@@ -1,0 +1,160 @@
+"""The main job: from nothing to a model that tells stories, measured against what can be known, in about two minutes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tinylm.config import ConfigError, TrainConfig
+from tinylm.corpus import LEARN_FROM, WORLD_BYTES
+from tinylm.evaluation import baselines, evaluate
+from tinylm.generation import stream
+from tinylm.live import TerminalView, fit
+from tinylm.markup import visible
+from tinylm.model import Transformer
+from tinylm.presets import count, preset, vocab_for
+from tinylm.shards import write_tokens
+from tinylm.text import clean, deduplicate, documents, sample, split
+from tinylm.tokenizer import Tokenizer
+from tinylm.training import train
+from tinylm.world import World
+
+LEAST = 20.0  # seconds: below this nothing is learned before it is over
+HELD_OUT = 200  # documents that are scored
+NAMES = {
+    "gzip": "gzip -9",
+    "xz": "xz -9e",
+    "unigram": "unigrams",
+    "bigram": "bigrams",
+    "kneser_ney_5": "5-grams, Kneser-Ney",
+}
+
+
+def recipe(budget: float) -> dict[str, Any]:
+    """What to train in so many seconds on two CPU cores; found by the sweeps in notebooks/LAB.md."""
+    size = "400K" if budget < 600 else "1M" if budget < 3600 else "3M"
+    return {"preset": size, "batch": 4 if budget < 600 else 8, "optimizer": "muon", "learning_rate": 0.01, "warmup": 30}
+
+
+def story(
+    *,
+    text: str | None = None,
+    preset_name: str | None = None,
+    budget: float = 120.0,
+    out: str | os.PathLike | None = None,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda line: print(line, flush=True),
+    tell: Callable[[str], None] = lambda piece: print(piece, end="", flush=True),
+) -> dict[str, Any]:
+    """Make a corpus, train a tokenizer and a model on it, score it, and let it tell a story.
+
+    Args:
+        text: a source for `documents`; None is the embedded world, whose entropy is known.
+        preset_name: of the model; None picks a size for the budget.
+        budget: seconds for all of it.
+        out: folder of the run; None is runs/story, or the first free runs/story-2, ...
+        seed: of the model and its story. say: takes a line. tell: takes a piece of the story.
+
+    Returns:
+        The figures, for json: folder, bits_per_byte, ci95, floor, baselines, story, parameters, tokens, seconds.
+
+    Raises:
+        ConfigError: the budget or the text is too small. FileExistsError: `out` holds something.
+    """
+    begun = time.perf_counter()
+    left = lambda: budget - (time.perf_counter() - begun)  # noqa: E731
+    if budget < LEAST:
+        raise ConfigError(f"a budget of {budget:.0f} s is too short to learn anything; give at least {LEAST:.0f}s")
+    folder = free_folder() if out is None else Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} holds something already; take another --out")
+    plan = recipe(budget)
+    name = preset_name or plan.pop("preset")
+    plan.pop("preset", None)
+
+    world = None
+    if text is None:
+        world = World()
+        docs = world.corpus(min(WORLD_BYTES, int(50_000 * budget)), seed=seed)
+        held = list(world.texts(HELD_OUT, seed=seed + 1_000_003))
+        floor = world.floor(held).bits_per_byte
+        kind = f"{len(docs):,} stories of the embedded world; no model can beat {floor:.3f} bits per byte"
+    else:
+        docs, report = deduplicate(documents(text))
+        docs, held = split(docs)
+        held, overlap = clean(held, docs)
+        held, floor = held[:HELD_OUT], None
+        if len(held) < 2 or not docs:
+            raise ConfigError(
+                f"{text} gives {len(docs)} training and {len(held)} held-out documents after cleaning, which is too few; "
+                "separate documents by <|endoftext|>, or give more text"
+            )
+        removed = report.exact + report.near + len(overlap.flagged)
+        kind = f"{len(docs):,} documents of {text}; {removed:,} duplicates and overlaps removed"
+    size = sum(len(d.encode()) for d in docs)
+    say(f"text       {size / 1e6:.1f} MB, {kind}")
+
+    tokenizer = Tokenizer.train(sample(docs, LEARN_FROM), vocab=vocab_for(name))
+    config = preset(name, vocab=tokenizer.vocab, context=256)
+    tokens = write_tokens(docs, tokenizer, folder / "data", split="train")
+    valid = write_tokens(held, tokenizer, folder / "data", split="valid")
+    say(
+        f"tokens     vocabulary {tokenizer.vocab:,}, {valid.bytes_per_token:.2f} bytes per token, {len(tokens):,} to train on"
+    )
+    others = baselines(docs, held, tokenizer, names=list(NAMES))
+
+    model = Transformer(config, rngs=seed, tokenizer=tokenizer)
+    say(f"model      {count(config):,} parameters: {config.layers} layers of width {config.width}")
+    finish = 8.0 + 0.05 * budget  # scoring, the story, and compiling both
+    settings = TrainConfig(
+        budget=max(5.0, left() - finish), seed=seed, log_every=20, eval_every=200, eval_batches=6, **plan
+    )
+    trainer = train(model, tokens, settings, valid=valid, out=folder)
+    fit(trainer, floor=floor, view=TerminalView(sys.stderr), sample_every=0).run()
+
+    found = evaluate(model, held)
+    say(f"\nbits per byte of {found.documents} held-out documents, lower is better")
+    table = {NAMES[key]: value for key, value in others.items()}
+    table["this model"] = found.bits_per_byte
+    if floor is not None:
+        table["the floor"] = floor
+    for label, value in sorted(table.items(), key=lambda item: -item[1]):
+        extra = f"   ({found.ci95[0]:.3f} to {found.ci95[1]:.3f})" if label == "this model" and found.ci95 else ""
+        say(f"  {label:<20} {value:6.3f}  {'█' * round(36 * value / max(table.values()))}{extra}")
+
+    say("\na story it tells:\n")
+    told = []
+    for piece in stream(model, "", tokens=400, temperature=0.7, min_p=0.05, seed=seed):
+        told.append(piece)
+        tell(visible(piece))
+    last = trainer.history[-1]
+    say(
+        f"\n\n{last.tokens:,} tokens in {last.seconds:.0f} s of training; everything is in {folder}\n"
+        f"more stories    tinylm generate {folder} --temperature 0.7 --seed 1\n"
+        f"go on training  tinylm resume {folder} --budget {last.seconds + 300:.0f}s\n"
+        "your own text   tinylm story --text FILE\n"
+        "look inside     jupyter lab notebooks/01_train_a_storyteller.ipynb"
+    )
+    return {
+        "folder": str(folder),
+        "bits_per_byte": found.bits_per_byte,
+        "ci95": found.ci95,
+        "floor": floor,
+        "baselines": others,
+        "story": "".join(told),
+        "parameters": count(config),
+        "tokens": last.tokens,
+        "seconds": time.perf_counter() - begun,
+        "outcome": trainer.outcome,
+    }
+
+
+def free_folder() -> Path:
+    """runs/story, or the first of runs/story-2, runs/story-3, ... that does not exist."""
+    names = itertools.chain(["story"], (f"story-{i}" for i in itertools.count(2)))
+    return next(path for name in names if not (path := Path("runs") / name).exists())
