@@ -2,8 +2,8 @@
 
 The model file: seven int32 (dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len; a negative vocab_size
 marks an unshared classifier), then float32 arrays in a fixed order, matrices as (outputs, inputs). Rotary positions
-turn neighbours: features 2i and 2i + 1 of a head. The tokenizer file: int32 longest token, then per token a float32 score,
-an int32 length and the bytes; text is merged greedily by score, bytes without a token become ids 3 to 258.
+turn neighbours: features 2i and 2i + 1 of a head. The tokenizer file: int32 longest token, then per token a float32
+score, an int32 length and the bytes; text is merged greedily by score, bytes without a token become ids 3 to 258.
 """
 
 import functools

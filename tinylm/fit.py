@@ -227,7 +227,7 @@ class Watch:
         spent = self.clock() - begun
         self._pieces += 1
         # The first piece compiles, for seconds: that is paid once and does not make the others late.
-        self._next_piece = begun + spent + (0.0 if self._pieces == 1 else min(spent / TELLING, self.sample_every))
+        self._next_piece = begun + spent + (0.0 if self._pieces == 1 else spent / TELLING)
         if piece is not None:
             self._told += piece
         else:
@@ -239,7 +239,9 @@ class Watch:
         self._finish_story()
 
     def _pieces_of(self) -> Iterator[str]:
-        return stream(self.trainer.model, self.prompt, tokens=SAMPLE, seed=self.trainer.config.seed)
+        model = self.trainer.model
+        fitting = max(16, min(SAMPLE, model.config.context - 32))  # beyond the context more would have to be compiled
+        return stream(model, self.prompt, tokens=fitting, seed=self.trainer.config.seed)
 
     def _finish_story(self) -> None:
         title = f"a sample at step {self._told_at:,}, temperature 0.8"

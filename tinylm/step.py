@@ -69,7 +69,7 @@ def compiled_update(graph: Any, recipe: optim.Recipe, drops: bool) -> Callable:
         # An MLM batch of very short texts may hide nothing: no weight is no gradient, not a division by zero.
         weight = jnp.maximum(weight, 1e-9)
         grads = jax.tree.map(lambda g: g / weight, grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         halted = state.halted | ~(jnp.isfinite(nats) & jnp.isfinite(norm))
         change, opt = rule.update(optim.clipped(grads, norm, recipe.clip), state.opt, state.params)
         new = State(jax.tree.map(lambda p, u: p - rate * u, state.params, change), opt, state.step + 1, halted)

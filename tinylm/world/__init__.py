@@ -178,7 +178,12 @@ class World(Config):
         """The program that writes one text of this world, for the handlers in `world.engine`."""
         if self.mode != "stories":
             return self.chain.program
-        return program(self._topic_dist, Dist(self.plot_names), self._facts[1] if self.facts else None)
+        return self.narrowed()
+
+    def narrowed(self, topic: str = "", plot: str = "") -> Program:
+        """The program of this story world given its topic, or its plot, or both: facts and all else stay the same."""
+        topics = Dist((topic,)) if topic else self._topic_dist
+        return program(topics, Dist((plot,) if plot else self.plot_names), self._facts[1] if self.facts else None)
 
     @property
     def _left(self) -> int:
@@ -238,7 +243,7 @@ class World(Config):
         ratio = bits.sum() / size.sum()
         n = len(texts)
         error = math.sqrt(((bits - ratio * size) ** 2).sum() / (n * (n - 1))) / size.mean()
-        return Floor(float(ratio), error, int(size.sum()), n)
+        return Floor(float(ratio), float(error), int(size.sum()), n)
 
     def exact_floor(self) -> Floor:
         """The floor of a bigram or fsm world in closed form (all texts have equally many bytes)."""

@@ -13,17 +13,17 @@ def _words(table: str) -> list[str]:
 
 
 # Mr. and Mrs. in turn.
-FIRST = _words("""Odell Agnes Basil Cora Dexter Elsie Floyd Gilda Horace Irma Jethro Kitty Lionel Mabel Norris Opal Percy
-Quinta Rufus Selma Thaddeus Ursula Victor Winona Amos Blanche Cyrus Delia Edgar Flora Gordon Hester Isaac Judith Kermit
-Lottie""")
+FIRST = _words("""Odell Agnes Basil Cora Dexter Elsie Floyd Gilda Horace Irma Jethro Kitty Lionel Mabel Norris Opal
+Percy Quinta Rufus Selma Thaddeus Ursula Victor Winona Amos Blanche Cyrus Delia Edgar Flora Gordon Hester Isaac
+Judith Kermit Lottie""")
 SURNAME_HEAD = _words("Mar Tib Ash Bel Cob Dun Fal Gar Hob Kel Lam Mil Nor Ork Pel Quin Rad Sel Tor Wim Yar Zel")
 SURNAME_TAIL = _words("row bet ford ley son wick worth man den kin sby ters lock mond")
 TOWN_HEAD = _words("Tide Elm Stone Marsh Raven Hay Copper Frost Amber Thorn Glen Hollow")
 TOWN_TAIL = _words("wick ton field bury mere gate dale")
-JOBS = _words("""baker tailor cobbler painter teacher barber doctor potter smith carpenter gardener weaver clerk postman singer
-mason tinker chandler saddler grocer""")
-KEPT = _words("""geese clocks violins bees maps goats umbrellas canaries teapots rabbits barrels hats owls kettles ladders
-roses peacocks telescopes donkeys candles turtles globes mirrors ferrets""")
+JOBS = _words("""baker tailor cobbler painter teacher barber doctor potter smith carpenter gardener weaver clerk postman
+singer mason tinker chandler saddler grocer""")
+KEPT = _words("""geese clocks violins bees maps goats umbrellas canaries teapots rabbits barrels hats owls kettles
+ladders roses peacocks telescopes donkeys candles turtles globes mirrors ferrets""")
 COUNT = _words("three four five six seven eight nine ten eleven twelve")
 MOST = 10_000  # of 11,088 names: beyond that, finding a new one takes long
 
@@ -46,7 +46,7 @@ class Fact(NamedTuple):
 def make(
     number: int, zipf: float, topics: Sequence[str], shares: Sequence[float], uniform: Callable[[], float]
 ) -> tuple[tuple[Fact, ...], dict[str, Dist]]:
-    """`number` facts dealt out to the topics in turn, and per topic the distribution (rank ** -zipf) stories draw them from."""
+    """`number` facts dealt out to the topics in turn, and per topic the distribution that stories draw them from."""
 
     def pick(options: Sequence[str]) -> str:
         return options[int(uniform() * len(options))]

@@ -101,12 +101,12 @@ def surprise(s: Teller) -> None:
     s.paragraph()
     s.say("There {adult.full}, [found|met] {him}.")
     s.say(
-        '"[Why so gloomy?|What a long face!] Could you carry this [sack|box] home for me?" said {adult}.',
+        '"[Why so gloomy?|What a long face!] Could you carry this [big|wooden|round] box home for me?" said {adult}.',
         speaker="adult",
         holds={"box": "hero"},
     )
     s.say("{hero} [sighed|nodded] and carried it. It was [heavy|strangely light], and it [rustled|rattled a little].")
-    s.say("{He} [pushed open|opened] the door, and the room was [dark|quiet]. Then...")
+    s.say("{He} [pushed open|opened] the door, and the room was [dark|quiet]. Then it happened.")
     s.say(
         '"Surprise!" cried {elder} and {friend}[ and {rival}|].', speaker="elder", feature="twist", feeling="surprised"
     )
@@ -215,8 +215,7 @@ def warning(s: Teller) -> None:
     s.say('"Help!" [screamed|cried] {hero}.', speaker="hero")
     s.say("{friend} ran as fast as [{friend.he} could|the wind] and [fetched|brought] {adult.full}.")
     s.say(
-        "[It took a long time|With strong hands and kind words], but {adult} [made everything safe|put things "
-        "right] again.",
+        "[It took a long time, but|With strong hands and kind words,] {adult} made everything safe again.",
         feeling="relieved",
     )
     sad(s)

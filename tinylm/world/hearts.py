@@ -233,7 +233,7 @@ def storm(s: Teller) -> None:
     )
     s.paragraph()
     s.say(
-        "{elder} lit a {colour} lantern, and hand in hand they [went out|stepped into the storm].",
+        "{elder} lit {colour.a} lantern, and hand in hand they [went out|stepped into the storm].",
         holds={"lantern": "elder"},
     )
     s.say(

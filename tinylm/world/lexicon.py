@@ -58,8 +58,9 @@ def phrases(table: str, *forms: str) -> Dist:
     return Dist([Word(zip(forms, entry, strict=True)) for entry in split(table)])
 
 
-GIRLS_TABLE = """Lily;Mia;Anna;Rosa;Nora;Ella;Ivy;Clara;Zoe;Hana;Lucy;Maya;Tess;Ruby;Greta;Olive;Sara;Emma;Wanda;June;Pia;Alma;
-Dora;Fern;Leila;Nina;Edith;Bella;Yuki;Kate;Molly;Ada;Holly;Vera;Lena;Amara"""
+GIRLS_TABLE = """Lily;Mia;Anna;Rosa;Nora;Ella;Ivy;Clara;Zoe;Hana;Lucy;Maya;Tess;
+Ruby;Greta;Olive;Sara;Emma;Wanda;June;Pia;
+Alma;Dora;Fern;Leila;Nina;Edith;Bella;Yuki;Kate;Molly;Ada;Holly;Vera;Lena;Amara"""
 BOYS_TABLE = """Tom;Ben;Max;Leo;Sam;Finn;Hugo;Oscar;Jack;Theo;Milo;Noah;Omar;Peter;Felix;Emil;Anton;Ravi;Kofi;Luke;Otto;
 Ned;Jonas;Carl;Dan;Eric;Gus;Henry;Ivan;Jasper;Louis;Mark;Paul;Simon;Toby;Will"""
 _girls, _boys = people(GIRLS_TABLE, "f"), people(BOYS_TABLE, "m")
@@ -71,8 +72,8 @@ FAMILY = Dist(
     [
         Word({"": name, "kin": kin, **PRONOUNS[sex]})
         for name, kin, sex in split(
-            """Mother:mother:f;Father:father:m;Grandma:grandmother:f;Grandpa:grandfather:m;Aunt Bess:aunt:f;"
-            "Uncle Joe:uncle:m"""
+            """Mother:mother:f;Father:father:m;Grandma:grandmother:f;Grandpa:grandfather:m;
+            Aunt Bess:aunt:f;Uncle Joe:uncle:m"""
         )
     ]
 )
@@ -238,7 +239,7 @@ TOPICS = {
             "bees hummed in the clover",
             "climb on the old hay cart:the old hay cart:climbed onto the old hay cart:a board broke with a crack;"
             "go near the angry goose:the angry goose:crept up to the angry goose:the goose hissed and bit hard;"
-            "open the gate of the pig pen:the gate of the pig pen:opened the gate of the pig pen:nine pigs came running out",
+            "open the gate of the pig pen:the gate of the pig pen:opened the gate of the pig pen:nine pigs ran out",
         ),
         _topic(
             "sea",
@@ -387,5 +388,6 @@ GENERAL: dict[str, Any] = {
     "fear": FEARS,
     "skill": SKILLS,
     "wish": WISHES,
+    "vessel": Dist(nouns("vase;jug;bowl;lamp;clock;teapot;mirror;plate")),
     "beast": Dist(nouns("wolf:wolves;bear;wild boar;mad bull;lion")),
 }

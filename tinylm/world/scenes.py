@@ -85,13 +85,13 @@ def way(s: Teller) -> None:
 MOMENTS = Dist(
     (
         "",
-        "A {colour} [butterfly|beetle|feather] [landed on {his} sleeve|sailed by].",
+        "{Colour.a} [butterfly|beetle|feather] [landed on {hero}'s sleeve|sailed by].",
         "[Clouds|Big white clouds] drifted over the hills, and one of them looked just like {animal.a}.",
         "Far off, somebody was [singing|calling a dog|chopping wood].",
-        "There was a rock shaped like {treat.a}[, and it made {him} hungry|].",
-        "An old man [on a bench|with a stick] lifted his {hue} cap and wished {him} a good day.",
-        "Two crows were [fighting over|playing with] a {hue} ribbon.",
-        "{He} counted {number} [snails|ants|puddles|crows] on the way.",
+        "There was a rock shaped like {treat.a}[, and it made {hero} hungry|].",
+        "Somebody [on a bench|with a stick] lifted {hue.a} cap and wished {hero} a good day.",
+        "Two crows were [fighting over|playing with] {hue.a} ribbon.",
+        "{hero} counted {number} [snails|ants|puddles|crows] on the way.",
     ),
     (6, 1, 1, 1, 1, 1, 1, 1),
 )

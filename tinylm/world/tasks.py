@@ -10,7 +10,7 @@ import numpy as np
 
 from ..config import ConfigError, suggest
 from .chains import shuffled
-from .engine import stream
+from .engine import sample, stream
 from .lexicon import NAMES
 
 if TYPE_CHECKING:
@@ -69,9 +69,10 @@ def classification(world: World, task: str, classes: int, n: int, seed: int, noi
         texts, names = _where(labels, classes, uniform)
     else:
         names = (world.topic_names if task == "topic" else world.plot_names)[:classes]
-        narrow = {"topics": {"topic_weights": ()}, "plots": {}}[task + "s"]
-        worlds = [world.replace(**{task + "s": (name,), **narrow}) for name in names]
-        texts = [next(worlds[label].texts(1, seed, index)) for index, label in enumerate(labels)]
+        # The same world with its topic, or its plot, held fast: told by the program itself.
+        programs = [world.narrowed(**{task: name}) for name in names]
+        runs = (sample(programs[label], stream(seed, index), world.small or -1) for index, label in enumerate(labels))
+        texts = ["".join(run.out) for run in runs]
     known = None if task == "feeling" else 1.0 - noise + noise / classes
     if noise:
         labels = np.array([int(uniform() * classes) if uniform() < noise else label for label in labels])

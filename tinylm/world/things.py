@@ -52,7 +52,10 @@ def lost(s: Teller) -> None:
         )
         s.say("It was the {thing}, [a little dusty|a little wet|as good as new].", holds={"thing": "hero"})
     elif finder == 1:
-        s.say("[Suddenly|Then] they saw {animal.a} with something {colour} in {animal.his} mouth.", feature="twist")
+        s.say(
+            "[Suddenly|Then] they saw {animal.a} that was [playing with|sleeping on] something {colour}.",
+            feature="twist",
+        )
         s.say('"[Wait|Please], that is mine!" [called|cried] {hero}, and held out {food.a}.', speaker="hero")
         s.say(
             "The {animal} [sniffed|looked from one to the other], dropped the {thing}, and took the {food}.",
@@ -91,8 +94,7 @@ def broken(s: Teller) -> None:
     """Something is broken in secret; the truth comes out and it is mended together."""
     day(s)
     s.say(
-        "{His} {elder.kin} had {colour.a} [vase|jug|bowl|lamp|clock|teapot], [old and precious|the finest thing "
-        "in the house].",
+        "{His} {elder.kin} had {colour.a} {vessel}, [old and precious|the finest thing in the house].",
     )
     s.say('"[Please|You may look, but] do not touch it," {elder} [always|often] said.', speaker="elder")
     s.say(
@@ -101,7 +103,8 @@ def broken(s: Teller) -> None:
         feature="twist",
     )
     s.say(
-        "[It lay on the floor in {number} {colour} pieces|{Number} {colour} pieces lay on the floor].", feeling="scared"
+        "[The {vessel} lay on the floor in {number} pieces|{Number} {colour} pieces lay on the floor].",
+        feeling="scared",
     )
     s.paragraph()
     s.say("{hero} hid the pieces {spot} and [said nothing|told nobody|kept very quiet].", feeling="guilty")
@@ -113,7 +116,7 @@ def broken(s: Teller) -> None:
     s.paragraph()
     s.say("At [supper|bedtime], {hero} [could bear it no longer|took a deep breath].")
     s.say(
-        '"{elder}, [I broke it|it was me]," {he} [whispered|said]. "I hid the pieces {spot}. [I am '
+        '"{elder}, [I broke the {vessel}|it was me]," {he} [whispered|said]. "I hid the pieces {spot}. [I am '
         'sorry|Please forgive me]."',
         speaker="hero",
         feeling="sorry",
@@ -387,7 +390,7 @@ def seed(s: Teller) -> None:
     s.paragraph()
     s.say("{adult.full}, gave {hero} a [tiny|round|striped] seed.", holds={"seed": "hero"})
     s.say(
-        '"[Plant it|Put it in the ground] and wait. It will bear {colour} [flowers|fruit]," said {adult}.',
+        '"[Plant it|Put it in the ground] and wait. It will bear {colour} flowers," said {adult}.',
         speaker="adult",
     )
     s.say(
@@ -421,7 +424,7 @@ def seed(s: Teller) -> None:
     glad(s)
     s.say(
         "It grew up to {his} knee, and then up to {his} [belly|chin], and [at last|one day] it was covered with "
-        "{colour} [flowers|fruit].",
+        "{colour} flowers.",
     )
     s.paragraph()
     s.say("{hero} [took|carried|brought] the [first|finest] one to {adult}.")

@@ -45,7 +45,7 @@ def errand(s: Teller) -> None:
     s.paragraph()
     s.say(
         "{adult} [opened the door|was at the window|sat by the stove] and counted: {number} {food.s}, [not one "
-        "less|and not a crumb was missing].",
+        "less|and nothing was missing].",
         holds={"food": "adult"},
     )
     s.say(
@@ -120,7 +120,7 @@ def baby(s: Teller) -> None:
     )
     s.paragraph()
     s.say("There {he} met {adult.full}, [mending a net|sweeping the steps|resting on a bench].")
-    s.say('"[Where are you going|What brings you here] with that {thing}?" asked {adult}.', speaker="adult")
+    s.say('"Where are you going with that {thing}?" asked {adult}.', speaker="adult")
     s.say(
         '"[Away|To the end of the world|I do not know]. At home they only need the baby," said {hero}.',
         speaker="hero",
@@ -228,7 +228,7 @@ def riddle(s: Teller) -> None:
     s.say('"[A cloud|A ghost|A dream]!" [cried|guessed] {friend}.', speaker="friend")
     s.say('"[Wrong|No], and you have only one more try," said the {animal}.', speaker="animal", feeling="worried")
     s.paragraph()
-    s.say("{hero} sat down on a {colour} stone and [thought for a long time|closed {his} eyes].", feeling="thoughtful")
+    s.say("{hero} sat down on {colour.a} stone and [thought for a long time|closed {his} eyes].", feeling="thoughtful")
     s.say('"[We should go home|It is too hard]," [whispered|said] {friend}.', 0.6, speaker="friend")
     s.say(f"Then {{he}} remembered something that {{his}} {{elder.kin}} had shown {{him}}: {hint}.")
     s.say(f'"I know it! It is {answer}!" [cried|called] {{hero}}.', speaker="hero", feature="twist", feeling="excited")

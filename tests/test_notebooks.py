@@ -1,0 +1,120 @@
+"""Every notebook: kept without outputs, short, one question; and it runs, on a small budget, into a page that is inert."""
+
+import json
+import os
+import re
+import warnings
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from tinylm.markup import ATTRIBUTES, TAGS
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+LARGEST = 200_000  # bytes of an executed notebook: see P21 of the reliability contract
+SECONDS = {"01_train_a_storyteller": 6}  # of training; None of the figures depends on it, only how good they are
+
+
+def named(path):
+    return path.stem
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=named)
+def notebook(request):
+    return request.param
+
+
+def test_there_are_notebooks():
+    assert (FOLDER / "01_train_a_storyteller.ipynb") in NOTEBOOKS
+
+
+def test_outputs_are_stripped(notebook):
+    raw = json.loads(notebook.read_text())
+    for cell in raw["cells"]:
+        assert cell.get("outputs", []) == []
+        assert cell.get("execution_count") is None
+    assert "widgets" not in raw["metadata"]
+    assert set(raw["metadata"]) <= {"kernelspec", "language_info"}
+    assert set(raw["metadata"]["language_info"]) == {"name"}  # no version: it would differ on every machine
+    assert notebook.stat().st_size < 40_000
+
+
+def test_it_asks_a_question_first_and_keeps_cells_short(notebook):
+    cells = json.loads(notebook.read_text())["cells"]
+    assert cells[0]["cell_type"] == "markdown"
+    assert "?" in "".join(cells[0]["source"])
+    assert all(len("".join(c["source"]).splitlines()) <= 16 for c in cells if c["cell_type"] == "code")
+    assert all(c["cell_type"] == "markdown" for c in cells[:1])
+
+
+def test_it_names_no_place_of_this_machine(notebook):
+    assert not re.search(r"/(work|tmp|opt|home|root)/", notebook.read_text())
+
+
+class Page(HTMLParser):
+    """Collects what does not belong into a static picture."""
+
+    def __init__(self, markup):
+        super().__init__()
+        self.wrong = []
+        self.feed(markup)
+
+    def handle_starttag(self, name, attrs):
+        if name not in {t.lower() for t in TAGS}:
+            self.wrong.append(name)
+        self.wrong += [k for k, _ in attrs if k not in {a.lower() for a in ATTRIBUTES}]
+
+
+def execute(path, tmp_path, seconds):
+    """Run a notebook in a kernel of its own; returns it with outputs. Raises nbclient's CellExecutionError."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    book = nbformat.read(path, as_version=4)
+    source = str(FOLDER.parent)
+    env = {**os.environ, "TINYLM_BUDGET": str(seconds), "PYTHONWARNINGS": "default", "TMPDIR": str(tmp_path)}
+    env["PYTHONPATH"] = os.pathsep.join([source, env.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the notebook machinery, which is not ours
+        client = NotebookClient(
+            book, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+        )
+        client.execute(env=env)
+    return book
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_it_runs(notebook, tmp_path):
+    import nbformat
+
+    book = execute(notebook, tmp_path, SECONDS.get(notebook.stem, 10))
+    assert len(nbformat.writes(book)) < LARGEST
+    shown = [output for cell in book.cells for output in cell.get("outputs", [])]
+    assert [o for o in shown if o.output_type == "error"] == []
+    assert [o.text for o in shown if o.output_type == "stream" and o.name == "stderr"] == []
+    pictures = [o.data["text/html"] for o in shown if "text/html" in o.get("data", {})]
+    assert any("<svg" in picture for picture in pictures)
+    assert [w for picture in pictures for w in Page(picture).wrong] == []
+    # What is kept needs no kernel: no widget is left, and every picture has a text beside it.
+    assert not any("application/vnd.jupyter.widget-view+json" in o.get("data", {}) for o in shown)
+    assert all("text/plain" in o.data for o in shown if "data" in o)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_storyteller_answers_its_question(tmp_path):
+    """The figures it prints hold together: below its rivals' order of magnitude, above the floor, exact where it says so."""
+    book = execute(FOLDER / "01_train_a_storyteller.ipynb", tmp_path, 8)
+    text = "\n".join(
+        o.get("text", "") or o.get("data", {}).get("text/plain", "") for c in book.cells for o in c.get("outputs", [])
+    )
+    floor = float(re.search(r"The floor is ([\d.]+) bits per byte", text)[1])
+    score, low, high = map(
+        float, re.search(r"^([\d.]+) bits per byte \(95%.*: ([\d.]+) to ([\d.]+)\)", text, re.M).groups()
+    )
+    above = float(re.search(r"([\d.]+) above the floor, ", text)[1])
+    assert floor < low <= score <= high < 4
+    assert above == pytest.approx(score - floor, abs=0.002)
+    assert text.count("True") == 2  # a stop changed no loss; the loaded model tells the same story
+    assert "False" not in text

@@ -1,0 +1,358 @@
+"""Optimisers, schedules and the training step against optax, NumPy and each other."""
+
+import dataclasses
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy_model import random_params
+from optax.contrib._muon import orthogonalize_via_newton_schulz
+
+from tinylm.config import ModelConfig, TrainConfig
+from tinylm.data import Batch
+from tinylm.model import Transformer, shapes
+from tinylm.optim import Recipe, build, clipped, groups, orthogonalize, rate, scale_by_muon
+from tinylm.presets import PRESETS, preset
+from tinylm.step import State, compiled_loss, compiled_update
+from tinylm.weights import bind, pure
+
+CONFIG = ModelConfig(vocab=29, context=8, width=16, layers=2, heads=2, bias=True)
+GRAPH = pure(Transformer(CONFIG))[0]
+RECIPE = Recipe.of(TrainConfig(steps=1, clip=0.5, eps=1e-6))
+
+
+def fresh(seed=0):
+    return {name: jnp.asarray(value) for name, value in random_params(shapes(CONFIG), seed).items()}
+
+
+def state_of(recipe=RECIPE, seed=0):
+    params = fresh(seed)
+    return State(params, build(recipe).init(params), jnp.int32(0), jnp.bool_(False))
+
+
+def batch_of(seed=0, rows=4, **changes):
+    tokens = np.random.default_rng(seed).integers(0, 29, (rows, 9)).astype(np.int32)
+    return Batch(tokens[:, :-1], tokens[:, 1:])._replace(**changes)
+
+
+def step(state, batch, recipe=RECIPE, learning_rate=0.01, graph=GRAPH, drops=False, seed=0):
+    return compiled_update(graph, recipe, drops)(state, batch, np.float32(learning_rate), np.uint32(seed))
+
+
+def frozen(tree):
+    """A copy of every leaf: the step reuses the old state's memory."""
+    return [np.array(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def same(a, b):
+    return all(np.array_equal(x, y, equal_nan=True) for x, y in zip(a, b, strict=True))
+
+
+def furthest(a, b):
+    return max(np.abs(np.asarray(a[name]) - np.asarray(b[name])).max() for name in a)
+
+
+# --- optimisers -------------------------------------------------------------------------------------------------------
+
+
+def test_adamw_is_optax_adamw():
+    params = fresh()
+    recipe = dataclasses.replace(RECIPE, weight_decay=0.1)
+    ours, theirs = (
+        build(recipe),
+        optax.adamw(
+            0.02, b1=0.9, b2=0.95, eps=1e-6, weight_decay=0.1, mask=jax.tree.map(lambda x: x.ndim >= 2, params)
+        ),
+    )
+    a = b = params
+    sa, sb = ours.init(a), theirs.init(b)
+
+    @jax.jit
+    def both(a, sa, b, sb, key):
+        grads = {n: jax.random.normal(jax.random.fold_in(key, i), x.shape) for i, (n, x) in enumerate(a.items())}
+        ua, sa = ours.update(grads, sa, a)
+        ub, sb = theirs.update(grads, sb, b)
+        return {n: a[n] - 0.02 * ua[n] for n in a}, sa, optax.apply_updates(b, ub), sb
+
+    for i in range(20):
+        a, sa, b, sb = both(a, sa, b, sb, jax.random.key(i))
+    assert furthest(a, b) < 1e-6
+    assert furthest(a, params) > 0.1
+
+
+MATRICES = [(6, 6), (16, 40), (40, 16), (1, 8)]
+
+
+@pytest.mark.parametrize("shape", MATRICES)
+def test_orthogonalize_is_optax_and_nearly_the_polar_factor(shape):
+    stack = np.random.default_rng(0).standard_normal((3, *shape)).astype(np.float32)
+    ours = np.asarray(orthogonalize(jnp.asarray(stack)))
+    theirs = [orthogonalize_via_newton_schulz(jnp.asarray(x), jnp.array([3.4445, -4.7750, 2.0315])) for x in stack]
+    np.testing.assert_allclose(ours, np.stack(theirs), atol=2e-5)
+    for x, y in zip(stack, ours, strict=True):
+        u, s, vt = np.linalg.svd(x.astype(np.float64), full_matrices=False)
+        inner = u.T @ y @ vt.T  # in the basis of the singular vectors: nearly the identity
+        assert np.abs(inner - np.diag(np.diag(inner))).max() < 1e-3
+        pushed = np.diag(inner)[s / np.linalg.norm(s) > 0.01]  # smaller ones need more than five iterations
+        assert pushed.min() > 0.6
+        assert pushed.max() < 1.3
+
+
+def test_muon_step_by_step():
+    """Momentum, Nesterov and size in NumPy, five steps, matrices of two shapes among others of the same shape."""
+    rng = np.random.default_rng(1)
+    params = {name: jnp.zeros(s) for name, s in {"a": (8, 24), "b": (8, 24), "c": (24, 8), "d": (12, 12)}.items()}
+    rule = scale_by_muon()
+    state, momentum = rule.init(params), {name: np.zeros(x.shape) for name, x in params.items()}
+    update = jax.jit(rule.update)
+    for _ in range(5):
+        grads = {name: rng.standard_normal(x.shape).astype(np.float32) for name, x in params.items()}
+        ours, state = update(grads, state)
+        for name, g in grads.items():
+            momentum[name] = 0.95 * momentum[name] + 0.05 * g
+            x = 0.95 * momentum[name] + 0.05 * g
+            x = x / np.linalg.norm(x)
+            x = x.T if x.shape[0] > x.shape[1] else x
+            for _ in range(5):
+                x = 3.4445 * x - 4.7750 * (x @ x.T @ x) + 2.0315 * (x @ x.T @ x @ x.T @ x)
+            x = (x if x.shape == g.shape else x.T) * 0.2 * math.sqrt(max(g.shape))
+            np.testing.assert_allclose(ours[name], x, atol=1e-4)
+            rms = np.sqrt(np.mean(np.asarray(ours[name]) ** 2))
+            assert 0.2 * 0.7 < rms < 0.2 * 1.2  # an Adam step has about 0.2 to 0.4 (Liu et al. 2025)
+
+
+@pytest.mark.parametrize("name", ["stories260K", "tinystories-1M", "bert-tiny"])
+def test_groups_cover_every_parameter_once(name):
+    params = shapes(preset(name))
+    split = groups(params, "muon")
+    assert split.keys() == params.keys()
+    muon = {n for n, rule in split.items() if rule == "muon"}
+    inside = {n for n in params if n.startswith("blocks.") and n.endswith("kernel")}
+    assert muon == inside
+    assert set(groups(params, "adamw").values()) == {"adamw"}
+    assert not any("embed" in n or "head" in n for n in muon)
+    state = jax.eval_shape(build(dataclasses.replace(RECIPE, optimizer="muon")).init, params)
+    held = sum(math.prod(x.shape) for x in jax.tree.leaves(state) if x.ndim)
+    assert held == sum(math.prod(s.shape) * (1 if n in muon else 2) for n, s in params.items())
+    assert name in PRESETS
+
+
+def test_clip():
+    grads = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}
+    norm = optax.tree.norm(grads)
+    ours, theirs = clipped(grads, norm, 2.0), optax.clip_by_global_norm(2.0).update(grads, optax.EmptyState())[0]
+    assert furthest(ours, theirs) < 1e-6
+    assert clipped(grads, norm, 0.0) is grads
+    assert furthest(clipped(grads, norm, 9.0), grads) == 0
+
+
+# --- schedules --------------------------------------------------------------------------------------------------------
+
+
+def scheduled(schedule, **settings):
+    config = TrainConfig(steps=100, learning_rate=2.0, schedule=schedule, **{"warmup": 0, "final": 0.25, **settings})
+    return lambda progress, step=1000: rate(config, step, progress)
+
+
+def test_schedules_in_closed_form():
+    for p in np.linspace(0, 1, 11):
+        assert scheduled("constant")(p) == 2.0
+        assert scheduled("linear")(p) == pytest.approx(2.0 - 1.5 * p)
+        assert scheduled("cosine")(p) == pytest.approx(0.5 + 1.5 * math.cos(math.pi * p / 2) ** 2)
+        assert scheduled("wsd", decay=0.2)(p) == pytest.approx(2.0 if p < 0.8 else 2.0 - 1.5 * (p - 0.8) / 0.2)
+    assert scheduled("wsd", decay=0.0)(1.0) == 2.0
+    assert scheduled("wsd", decay=1.0)(0.5) == pytest.approx(1.25)
+    assert scheduled("cosine")(7.0) == scheduled("cosine")(1.0) == pytest.approx(0.5)
+    assert scheduled("cosine")(-1.0) == 2.0
+    theirs = optax.cosine_decay_schedule(2.0, 50, alpha=0.25)
+    assert all(scheduled("cosine")(i / 50) == pytest.approx(float(theirs(i)), rel=1e-5) for i in range(0, 51, 5))
+
+
+def test_warm_up_rises_linearly_to_the_peak():
+    warm = scheduled("constant", warmup=4)
+    assert [warm(0.0, i) for i in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(["constant", "linear", "cosine", "wsd"]),
+    st.floats(0, 1),
+    st.floats(0, 1),
+    st.integers(0, 50),
+    st.integers(2, 200),
+)
+def test_rate_rises_in_the_warm_up_and_never_after(schedule, final, decay, warmup, steps):
+    config = TrainConfig(steps=steps, schedule=schedule, final=final, decay=decay, warmup=warmup)
+    rates = [rate(config, i, i / steps) for i in range(steps + 1)]
+    assert all(0 <= r <= config.learning_rate * (1 + 1e-12) for r in rates)
+    after = rates[warmup:]
+    assert all(a >= b - 1e-15 for a, b in itertools.pairwise(after))
+    assert rates[0] > 0 or final == 0
+    if warmup <= steps and decay:
+        floor = config.learning_rate * (1 if schedule == "constant" else final)
+        assert rates[-1] == pytest.approx(floor, abs=1e-12)
+
+
+# --- the step ---------------------------------------------------------------------------------------------------------
+
+
+def plain_steps(batches, learning_rate=0.01):
+    """The step in plain optax, with none of the kit's code but the model."""
+    params = fresh()
+    rule = optax.chain(
+        optax.clip_by_global_norm(0.5),
+        optax.adamw(learning_rate, 0.9, 0.95, 1e-6, weight_decay=0.1, mask={n: x.ndim > 1 for n, x in params.items()}),
+    )
+    state, losses = rule.init(params), []
+
+    @jax.jit
+    def one(params, state, tokens, targets):
+        def loss(p):
+            logp = jax.nn.log_softmax(bind(GRAPH, p)(tokens))
+            return -jnp.mean(jnp.take_along_axis(logp, targets[..., None], -1))
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = rule.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value, optax.tree.norm(grads)
+
+    for batch in batches:
+        params, state, value, norm = one(params, state, batch.tokens, batch.targets)
+        losses.append((float(value), float(norm)))
+    return params, losses
+
+
+@functools.cache
+def reference(n=8):
+    return plain_steps([batch_of(i) for i in range(n)])
+
+
+def test_step_is_plain_optax():
+    params, losses = reference()
+    state = state_of()
+    for i, (loss, norm) in enumerate(losses):
+        state, figures = step(state, batch_of(i))
+        assert float(figures["loss"]) == pytest.approx(loss, rel=1e-5)
+        assert float(figures["grad_norm"]) == pytest.approx(norm, rel=1e-4)
+    assert furthest(state.params, params) < 2e-5
+    assert int(state.step) == 8
+    assert not state.halted
+
+
+def test_accumulation_is_one_batch():
+    split = dataclasses.replace(RECIPE, accumulate=4)
+    weights = np.random.default_rng(0).random((4, 8)).astype(np.float32)
+    for changes in ({}, {"weights": weights}):
+        one, first = step(state_of(), batch_of(**changes))
+        four, second = step(state_of(split), batch_of(**changes), split)
+        assert float(first["loss"]) == pytest.approx(float(second["loss"]), rel=1e-5)
+        assert float(first["grad_norm"]) == pytest.approx(float(second["grad_norm"]), rel=1e-5)
+        assert furthest(one.params, four.params) < 1e-5
+
+
+def test_weights():
+    """None is all ones; a position of weight 0 does not count, whatever its target; a double weight counts double."""
+    loss = compiled_loss(GRAPH)
+    ones = np.ones((4, 8), np.float32)
+    plain, n = loss(fresh(), batch_of())
+    assert float(loss(fresh(), batch_of(weights=ones))[0]) == pytest.approx(float(plain), rel=1e-6)
+    assert float(n) == 32
+    hidden = ones.copy()
+    hidden[:, 3:] = 0
+    batch = batch_of(weights=hidden)
+    other = batch._replace(targets=np.where(hidden > 0, batch.targets, 0).astype(np.int32))
+    assert float(loss(fresh(), batch)[0]) == float(loss(fresh(), other)[0])
+    a, b = step(state_of(), batch)[0], step(state_of(), other)[0]
+    assert same(frozen(a), frozen(b))
+    short = batch_of()._replace(tokens=batch.tokens[:, :3], targets=batch.targets[:, :3])
+    assert float(loss(fresh(), batch)[0]) == pytest.approx(float(loss(fresh(), short)[0]), rel=1e-5)
+    assert float(loss(fresh(), batch_of(weights=2 * hidden))[1]) == 24
+    state, figures = step(state_of(), batch_of(weights=0 * ones))  # an MLM batch that hides nothing
+    assert float(figures["loss"]) == 0
+    assert not state.halted
+
+
+def test_bfloat16_step_is_near():
+    recipe = dataclasses.replace(RECIPE, dtype="bfloat16")
+    exact, half = state_of(), state_of(recipe)
+    for i in range(4):
+        exact, a = step(exact, batch_of(i))
+        half, b = step(half, batch_of(i), recipe)
+        assert float(a["loss"]) == pytest.approx(float(b["loss"]), rel=0.02)
+        assert float(a["loss"]) != float(b["loss"])
+    assert {x.dtype for x in jax.tree.leaves((half.params, half.opt))} <= {jnp.dtype("float32"), jnp.dtype("int32")}
+    moved = furthest(exact.params, fresh())
+    assert furthest(exact.params, half.params) < 1.5 * moved
+
+
+def test_muon_trains():
+    recipe = dataclasses.replace(RECIPE, optimizer="muon")
+    state, losses = state_of(recipe), []
+    for _ in range(12):
+        state, figures = step(state, batch_of(0), recipe)
+        losses.append(float(figures["loss"]))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_dropout_follows_seed_and_step():
+    config = CONFIG.replace(dropout=0.2)
+    graph = pure(Transformer(config))[0]
+    go = lambda seed, start=0: float(  # noqa: E731
+        step(state_of()._replace(step=jnp.int32(start)), batch_of(), graph=graph, drops=True, seed=seed)[1]["loss"]
+    )
+    assert go(0) == go(0)
+    assert len({go(0), go(1), go(0, 1)}) == 3
+    off = float(step(state_of(), batch_of(), graph=graph, drops=False)[1]["loss"])
+    assert off == pytest.approx(float(step(state_of(), batch_of())[1]["loss"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("where", ["weights", "params"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_not_finite_changes_nothing_then_or_later(where, value, parts):
+    recipe = dataclasses.replace(RECIPE, accumulate=parts)
+    state, at = state_of(recipe), 2
+    for i in range(at):
+        state, figures = step(state, batch_of(i), recipe)
+        assert not figures["halted"]
+    batch = batch_of(at, weights=np.ones((4, 8), np.float32))
+    if where == "weights":
+        batch.weights[2, 3] = value
+    else:
+        state.params["blocks.1.mlp.down.kernel"] = state.params["blocks.1.mlp.down.kernel"].at[0, 0].set(value)
+    before = frozen((state.params, state.opt, state.step))
+    for later in (batch, batch_of(5), batch_of(6)):
+        state, figures = step(state, later, recipe)
+        assert bool(figures["halted"])
+        assert same(before, frozen((state.params, state.opt, state.step)))
+    assert int(state.step) == at
+
+
+def test_not_finite_at_random_steps():
+    rng = np.random.default_rng(0)
+    ones = np.ones((4, 8), np.float32)
+    for at in rng.integers(0, 6, 4):
+        state = state_of()
+        for i in range(7):
+            weights = ones * np.where(i == at, rng.choice([np.nan, -np.inf, 1e38]), 1.0).astype(np.float32)
+            state, _ = step(state, batch_of(i, weights=weights))
+        assert int(state.step) == at
+        assert np.isfinite(np.concatenate([x.ravel() for x in frozen((state.params, state.opt))])).all()
+
+
+def test_equal_recipes_share_the_compiled_step():
+    again = pure(Transformer(CONFIG, rngs=9))[0]
+    assert compiled_update(again, Recipe.of(TrainConfig(budget=9.0, clip=0.5, eps=1e-6, learning_rate=1.0)), False) is (
+        compiled_update(GRAPH, RECIPE, False)
+    )
+    update = compiled_update(GRAPH, RECIPE, False)
+    before = update._cache_size()
+    for i, speed in enumerate((0.1, 0.01)):
+        step(state_of(seed=i), batch_of(i), learning_rate=speed, seed=i)
+    assert update._cache_size() <= max(before, 1)
