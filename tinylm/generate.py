@@ -196,7 +196,7 @@ def stream(
     *,
     tokens: int = 256,
     seed: int = 0,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     chunk: int = 8,
     **sampling: Any,
 ) -> Iterator[str]:
@@ -212,6 +212,7 @@ def stream(
     Raises:
         GenerateError, ConfigError.
     """
+    stop = (stop,) if isinstance(stop, str) else stop
     tokenizer = tokenizer_of(model)
     decoder, text, shown = tokenizer.stream(), "", 0
     hold = max((len(s) for s in stop), default=1) - 1  # a stop text may begin in the pieces held back
@@ -251,13 +252,14 @@ def generate(
     *,
     tokens: int = 256,
     seed: int = 0,
-    stop: Sequence[str] = (),
+    stop: str | Sequence[str] = (),
     **sampling: Any,
 ) -> str | list[str]:
     """The whole text, prompt included; a list of prompts gives a list, generated side by side.
 
     Arguments and errors as in `stream`. Each text ends where the model ends it, at a `stop` text, or after `tokens`.
     """
+    stop = (stop,) if isinstance(stop, str) else stop
     tokenizer = tokenizer_of(model)
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:

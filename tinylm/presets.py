@@ -78,7 +78,7 @@ def preset(name: str | None = None, *, params: str | int | None = None, **settin
 
     Args:
         name: a key of `PRESETS`, or a size such as "1M", the same as `params="1M"`.
-        params: "300K", "3M" or a number: parameters with embeddings, reached within 10 percent (25 below half a
+        params: "300K", "3M" or a number: parameters with embeddings, reached within 12 percent (25 below half a
             million, where shapes lie far apart) by the kit's own decoder (RMSNorm, RoPE, SwiGLU, QK-norm, tied head, 32
             features of width per layer). Needs `vocab` to mean anything; its default is 4096.
         settings: fields of `ModelConfig`, put on top.
@@ -114,19 +114,25 @@ def parse_size(text: str | int) -> int:
 
 
 def dial(target: int, settings: dict[str, Any]) -> ModelConfig:
-    """The kit's own decoder with about `target` parameters: one layer per 32 of width, or one off to come closer.
+    """The kit's own decoder with about `target` parameters: one layer per 32 of width, up to two off to come closer.
 
     Heads are about 32 wide, 64 from width 384 on: narrower ones cost a CPU more in attention patterns than they bring.
     """
-    candidates = []
+    candidates, problem = [], None
     for width in [*range(32, 128, 16), *range(128, 384, 32), *range(384, 2049, 64)]:
         usual, head = max(2, round(width / 32)), 32 if width < 384 else 64
         heads = min((n for n in range(1, width) if width % (2 * n) == 0), key=lambda n: abs(width / n - head))
-        for layers in {max(2, usual - 1), usual, usual + 1}:
+        for layers in {max(2, usual + more) for more in (-2, -1, 0, 1, 2)}:
             shape = {"width": width, "layers": layers, "heads": heads, "qk_norm": True}
-            config = ModelConfig.from_dict({**shape, **settings})
+            try:
+                config = ModelConfig.from_dict({**shape, **settings})
+            except ConfigError as error:  # kv_heads=2 cannot be had at one head, but it can further up
+                problem = problem or error
+                continue
             off = abs(count(config) / target - 1)
             candidates.append((max(off, 0.1), abs(layers - usual), off, config))
+    if not candidates:
+        raise problem or ConfigError("no shape left")
     best = min(candidates, key=lambda c: c[:3])
     if best[2] > 0.25:
         raise ConfigError(

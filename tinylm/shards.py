@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .tokenizer import Tokenizer, blocks
+from tinylm.tokenizer import Tokenizer, blocks
 
 FORMAT = 1
 CHECKED_AT_OPEN = 16 * 2**20  # bytes: smaller splits are hashed whole when opened (about 30 ms)
@@ -95,7 +95,7 @@ def write_tokens(
                 if first is not None and len(ids) > first:
                     size, ids = tokenizer.covered(text, first), ids[:first]
                 check_tokens(ids, tokenizer.vocab, f"document {writer.documents}")
-                writer.add(np.concatenate([[end], ids]), size)
+                writer.add(np.append(np.int32(end), ids), size)
             if progress:
                 progress(done)
         if not writer.documents:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .reading import END, TextError, documents
+from tinylm.reading import END, TextError, documents
 
 __all__ = [
     "END",

@@ -23,7 +23,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import tokenizers
 
-from .vocabulary import ALONE, SYMBOLS, Checked, TokenizerError, check, parse
+from tinylm.vocabulary import ALONE, SYMBOLS, Checked, TokenizerError, check, parse
 
 Kind = Literal["bpe", "wordpiece", "unigram", "byte"]
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|mask|>", "<|cls|>", "<|sep|>")
@@ -35,7 +35,8 @@ ROLES = {  # what foreign tokenizers call them, in order of preference
     "sep": ("<|sep|>", "[SEP]", "</s>"),
 }
 CONTINUES = "##"  # WordPiece's mark of a piece inside a word
-LONGEST = 2**20  # characters handed to the library at once: it needs ~40 bytes of memory per character
+LONGEST = 2**18  # characters of one text handed to the library at once: it takes ~100 bytes of memory per token
+AT_ONCE = 2**21  # characters of all texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,11 +212,8 @@ class Tokenizer:
         for text in texts:
             _utf8(text)  # a lone surrogate would surface as the library's own error
         flat = [piece for pieces in cut for piece in pieces]
-        # a few very long texts at a time, so that the library's bookkeeping stays small
-        step = len(flat) if sum(map(len, flat)) < 8 * LONGEST else max(1, 8 * LONGEST // max(map(len, flat)))
         done = []
-        for at in range(0, len(flat), step or 1):
-            block = flat[at : at + step]
+        for block in blocks(flat, AT_ONCE):
             for result in _rust("encoding", self._rust.encode_batch_fast, block, add_special_tokens=False):
                 done.append(np.array(result.ids, np.int32))
         it = iter(done)

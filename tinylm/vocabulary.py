@@ -13,8 +13,8 @@ import re
 from typing import Any
 
 # A piece inside a word starts with '##', so a literal '#' must stand alone or "##ing" in the text would be read as an
-# "ing" inside a word. The 100 keeps the longest-match search, quadratic in the word, short on a line without spaces.
-ALONE = "[^#]{1,100}|#"
+# "ing" inside a word. The 32 keeps the longest-match search, quadratic in the word, short on a line without spaces.
+ALONE = "[^#]{1,32}|#"
 LARGEST = 16 * 2**20  # bytes of json
 TOP = (
     "version",
