@@ -27,7 +27,7 @@ from tinylm.weights import named
 
 room = sys.modules["tinylm.fit"]
 fit, TerminalView, Watch = room.fit, room.TerminalView, room.Watch
-trains = sys.modules["tinylm.train"]
+trains = sys.modules["tinylm.training"]
 
 TEXT = "The cat sat on the mat. A dog ran to the cat, and the cat ran away. " * 60
 STEPS = 60

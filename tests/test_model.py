@@ -13,7 +13,7 @@ import pytest
 from numpy_model import NumpyModel, random_params
 
 from tinylm.config import ModelConfig, Sampling
-from tinylm.generate import generate_tokens
+from tinylm.generation import generate_tokens
 from tinylm.model import Cache, Transformer, attend, attend_fused, dropout, shapes
 from tinylm.taps import untouched
 from tinylm.weights import assign, bind, check_tokens, named, pure

@@ -27,7 +27,7 @@ LEARN_FROM = 20_000  # documents a tokenizer learns from: more changes nothing t
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Token shards with their tokenizer. `about` is provenance.json: sources, hashes, counts before and after cleaning."""
+    """Token shards and their tokenizer; `about` is provenance.json: sources, hashes, counts before and after cleaning."""
 
     folder: Path
     tokenizer: Tokenizer
@@ -94,7 +94,7 @@ def prepare(
         "first": first,
     }
     if (folder / "provenance.json").is_file():
-        there = opened(folder)
+        there = opened(folder, verify=True)
         if there.about["wish"] != json.loads(json.dumps(wish)):
             raise ConfigError(
                 f"{folder} holds tokens made from other sources or settings; take another folder, or delete it"
@@ -129,11 +129,9 @@ def prepare(
     say(
         f"{found.bytes_per_token:.2f} bytes per token; {found.failures} of {found.documents:,} documents change in a round trip"
     )
-    if first is not None:
-        docs, held = ([tokenizer.decode(tokenizer.encode(text)[:first]) for text in part] for part in (docs, held))
     for name, part in (("train", docs), ("valid", held)):
         if part:
-            tokens = write_tokens(part, tokenizer, folder, split=name)
+            tokens = write_tokens(part, tokenizer, folder, split=name, first=first)
             about[name] = {k: getattr(tokens, k) for k in ("documents", "bytes", "sha256")} | {"tokens": len(tokens)}
     tokenizer.save(folder / "tokenizer.json")
     # Last, and in one piece: a folder with provenance.json is whole.
@@ -143,11 +141,11 @@ def prepare(
     return opened(folder)
 
 
-def opened(folder: Path) -> Corpus:
-    """The corpus in a folder that `prepare` made."""
+def opened(folder: Path, verify: bool = False) -> Corpus:
+    """The corpus in a folder that `prepare` made. Raises DataError, TokenizerError for one that is damaged."""
     about = json.loads((folder / "provenance.json").read_text())
-    train = Tokens.open(folder, "train")
-    valid = Tokens.open(folder, "valid") if "valid" in about else None
+    train = Tokens.open(folder, "train", verify=verify)
+    valid = Tokens.open(folder, "valid", verify=verify) if "valid" in about else None
     return Corpus(folder, Tokenizer.load(folder / "tokenizer.json"), train, valid, about)
 
 

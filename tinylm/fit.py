@@ -26,10 +26,10 @@ from typing import Any, Protocol, TextIO
 
 from tinylm import show
 from tinylm.config import TrainConfig
-from tinylm.generate import stream
+from tinylm.generation import stream
 from tinylm.markup import Picture, duration, visible
 from tinylm.model import Transformer
-from tinylm.train import Step, Trainer, train
+from tinylm.training import Step, Trainer, train
 
 UPDATES = 0.25  # seconds between two drawings, at least
 DRAWING = 0.01  # share of the time that drawing may take

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -65,7 +66,7 @@ class Embedding(nnx.Module):
     def weight(self) -> Float[Array, "ids width"]:
         return self.table[...]
 
-    def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch width"]:
+    def __call__(self, ids: Int[Array | np.ndarray, "*batch"]) -> Float[Array, "*batch width"]:
         return self.weight()[ids]
 
 
@@ -108,7 +109,9 @@ def dropout(x: Array, rate: float, key: PRNGKeyArray | None, salt: int) -> Array
     return jnp.where(kept, x / (1 - rate), 0)
 
 
-def rotate(x: Float[Array, "B T H E"], positions: Int[Array, "b T"], theta: float) -> Float[Array, "B T H E"]:
+def rotate(
+    x: Float[Array, "B T H E"], positions: Int[Array | np.ndarray, "b T"], theta: float
+) -> Float[Array, "B T H E"]:
     """Rotary positions (Su et al. 2021), half-split layout: feature i is paired with i + E/2, as in Hugging Face."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -139,9 +142,9 @@ class Cache(NamedTuple):
 class Scope(NamedTuple):
     """Where the T positions of a call stand: what attention needs to know besides their features."""
 
-    positions: Int[Array, "b T"]
+    positions: Int[Array | np.ndarray, "b T"]
     """For rotary and learned positions; b is 1 or B."""
-    segments: Int[Array, "B T"] | None
+    segments: Int[Array | np.ndarray, "B T"] | None
     """Positions see only their own segment (document, or padding)."""
     start: Int[Array, " B"] | None
     """Index of the first of the T positions in the cache; None without a cache."""
@@ -401,11 +404,11 @@ class Transformer(nnx.Module):
 
     def __call__(
         self,
-        tokens: Int[Array, "B T"],
+        tokens: Int[Array | np.ndarray, "B T"],
         *,
-        positions: Int[Array, "B T"] | None = None,
-        segments: Int[Array, "B T"] | None = None,
-        types: Int[Array, "B T"] | None = None,
+        positions: Int[Array | np.ndarray, "B T"] | None = None,
+        segments: Int[Array | np.ndarray, "B T"] | None = None,
+        types: Int[Array | np.ndarray, "B T"] | None = None,
         cache: Cache | None = None,
         tap: Tap = untouched,
         key: PRNGKeyArray | None = None,

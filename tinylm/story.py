@@ -1,4 +1,4 @@
-"""The main job: from nothing to a model that tells stories, measured against what can be known, in about two minutes."""
+"""The main job: from nothing to a model that tells stories, measured against all that can be known of them."""
 
 from __future__ import annotations
 

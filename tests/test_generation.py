@@ -13,7 +13,7 @@ from numpy_model import random_params
 from scipy import stats
 
 from tinylm.config import ConfigError, ModelConfig, Sampling
-from tinylm.generate import GenerateError, Settings, filtered, generate, generate_tokens, pick, stream
+from tinylm.generation import GenerateError, Settings, filtered, generate, generate_tokens, pick, stream
 from tinylm.model import Transformer, shapes
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import assign, bind, pure

@@ -12,9 +12,9 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinylm.baselines import KneserNey, frame
+from tinylm.yardsticks import KneserNey, frame
 from tinylm.config import ModelConfig
-from tinylm.evaluate import (
+from tinylm.evaluation import (
     EvaluationError,
     bootstrap,
     compare,
@@ -29,7 +29,7 @@ from tinylm.evaluate import (
 from tinylm.model import Transformer
 from tinylm.world import World
 
-room = importlib.import_module("tinylm.evaluate")  # `from tinylm import evaluate` is the function
+room = importlib.import_module("tinylm.evaluation")  # `from tinylm import evaluate` is the function
 
 
 class Letters:

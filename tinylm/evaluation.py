@@ -1,6 +1,6 @@
 """How good a model is on a text: bits per byte, an interval over documents, differences, the floor, diversity.
 
-Bits per byte is the headline because it compares across tokenizers. The account (see `baselines`): a document is
+Bits per byte is the headline because it compares across tokenizers. The account (see `yardsticks`): a document is
 `end, tokens..., end`; every token and the closing `end` is predicted once and its bits are summed; the raw UTF-8 bytes
 of the text divide. A document longer than the context is read in windows that overlap: each starts `stride` tokens
 after the one before and scores what no window scored yet, from at least context - stride + 1 tokens.
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tinylm.baselines import EvaluationError, KneserNey, baselines, check_ids, frame
+from tinylm.yardsticks import EvaluationError, KneserNey, baselines, check_ids, frame
 from tinylm.text import TextError
 from tinylm.text import documents as read_documents
 
@@ -118,7 +118,7 @@ def evaluate(
         tokenizer: default the model's own.
         context: tokens per window, default the model's. stride: default half of it; smaller is better and slower.
         batch: windows per call, of full length; shorter ones go more at a time. It bounds memory, not the result.
-        limit: the first so many documents. seed: of the interval. lossy: see `baselines.frame`.
+        limit: the first so many documents. seed: of the interval. lossy: see `yardsticks.frame`.
 
     Raises:
         EvaluationError: an encoder, a tokenizer that is not the model's, a source that is missing, empty or cannot be
@@ -158,7 +158,7 @@ def score(
     """Score any causal model, from whatever library, on exactly the bytes `evaluate` would score.
 
     Args:
-        documents: texts. tokenizer, start, end, lossy: as in `baselines.frame`.
+        documents: texts. tokenizer, start, end, lossy: as in `yardsticks.frame`.
         logits: tokens (B, T) int32 -> logits (B, T, V), an array of any library that NumPy reads; padded right with 0.
         context, stride, batch, seed: as in `evaluate`.
     """

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinylm.baselines import EvaluationError, KneserNey, baselines, frame
+from tinylm.yardsticks import EvaluationError, KneserNey, baselines, frame
 from tinylm.text import documents, split
 from tinylm.tokenizer import Tokenizer
 
