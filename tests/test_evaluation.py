@@ -12,7 +12,6 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinylm.yardsticks import KneserNey, frame
 from tinylm.config import ModelConfig
 from tinylm.evaluation import (
     EvaluationError,
@@ -28,6 +27,7 @@ from tinylm.evaluation import (
 )
 from tinylm.model import Transformer
 from tinylm.world import World
+from tinylm.yardsticks import KneserNey, frame
 
 room = importlib.import_module("tinylm.evaluation")  # `from tinylm import evaluate` is the function
 

@@ -53,16 +53,18 @@ class Reader(HTMLParser):
 
 
 PAYLOADS = [
-    "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<svg onload=alert(1)>", "</div></pre><b>", "</script>",
-    "</style><script>", "</title><script>alert(1)</script>", "\"><img src=x onerror='alert(1)'>", "' onmouseover='x", '" x="',
-    "<!-- -->", "<!--", "-->", "<![CDATA[", "]]>", "<?xml?>", "<!DOCTYPE html>", "<a href=javascript:alert(1)>x</a>",
-    "<iframe src=//x></iframe>", "<style>*{display:none}</style>", "<link rel=stylesheet href=x>", "<meta http-equiv=refresh>",
-    "<form><input autofocus onfocus=x>", "<math><mi//xlink:href=x>", "<object data=x>", "<base href=x>", "&lt;script&gt;",
-    "&amp;", "&#60;script&#62;", "&#x3c;b&#x3e;", "&", "&notin", "$x^2$", "$$\\int$$", "\\(x\\)", "\\[x\\]", "`x`", "**x**",
-    "javascript:alert(1)", "data:text/html,<script>", "url(javascript:x)", "expression(x)", "\u202egnp.exe", "a\u2066b\u2069",
-    "zero\u200bwidth", "join\u200ded", "\ufeffbom", "soft\xadhyphen", "\x1b[31mred\x1b[0m", "\x1b]0;title\x07", "nul\0nul",
-    "bell\a", "back\b\b", "return\rover", "\x7f", "\x9b31m", "line\u2028sep", "\ud800", "\udfff half", "\ufffe", "tag\U000e0041",
-    "/etc/passwd", "https://example.org/x.html", "{{7*7}}", "%s%n", "😀 ünïcødé 漢字", "x" * 1_000_000, " ", "",
+    "<script>alert(1)</script>", "<img src=x onerror=alert(1)>", "<svg onload=alert(1)>", "</div></pre><b>",
+    "</script>", "</style><script>", "</title><script>alert(1)</script>", "\"><img src=x onerror='alert(1)'>",
+    "' onmouseover='x", '" x="', "<!-- -->", "<!--", "-->", "<![CDATA[", "]]>", "<?xml?>", "<!DOCTYPE html>",
+    "<a href=javascript:alert(1)>x</a>", "<iframe src=//x></iframe>", "<style>*{display:none}</style>",
+    "<link rel=stylesheet href=x>", "<meta http-equiv=refresh>", "<form><input autofocus onfocus=x>",
+    "<math><mi//xlink:href=x>", "<object data=x>", "<base href=x>", "&lt;script&gt;", "&amp;", "&#60;script&#62;",
+    "&#x3c;b&#x3e;", "&", "&notin", "$x^2$", "$$\\int$$", "\\(x\\)", "\\[x\\]", "`x`", "**x**", "javascript:alert(1)",
+    "data:text/html,<script>", "url(javascript:x)", "expression(x)", "\u202egnp.exe", "a\u2066b\u2069",
+    "zero\u200bwidth", "join\u200ded", "\ufeffbom", "soft\xadhyphen", "\x1b[31mred\x1b[0m", "\x1b]0;title\x07",
+    "nul\0nul", "bell\a", "back\b\b", "return\rover", "\x7f", "\x9b31m", "line\u2028sep", "\ud800", "\udfff half",
+    "\ufffe", "tag\U000e0041", "/etc/passwd", "https://example.org/x.html", "{{7*7}}", "%s%n", "😀 ünïcødé 漢字",
+    "x" * 1_000_000, " ", "",
 ]  # fmt: skip
 
 
@@ -150,8 +152,18 @@ def test_markup_passes_and_text_does_not():
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0, "0"), (1.2345, "1.23"), (0.09134, "0.091"), (12345.6, "12,346"), (99.96, "100.0"), (-0.5, "-0.500")]
-    + [(math.nan, "–"), (math.inf, "–"), (None, "–"), (1e-9, "0.000")],
+    [
+        (0, "0"),
+        (1.2345, "1.23"),
+        (0.09134, "0.091"),
+        (12345.6, "12,346"),
+        (99.96, "100.0"),
+        (-0.5, "-0.500"),
+        (math.nan, "–"),
+        (math.inf, "–"),
+        (None, "–"),
+        (1e-9, "0.000"),
+    ],  # fmt: skip
 )
 def test_numbers(value, shown):
     assert number(value) == shown
@@ -210,8 +222,17 @@ def test_a_line_is_drawn_where_its_values_are():
 
 @pytest.mark.parametrize(
     ("x", "y"),
-    [([], []), ([5], [1.0]), ([1, 2, 3], [1, math.nan, 2]), ([1, 2], [math.inf, math.nan]), ([1, 2], [2.0, 2.0])]
-    + [([0, 1], [1.0, 2.0]), ([1, 2], [0.0, 0.0]), ([3, 3], [1.0, 2.0]), ([1, 2], [-1.0, -5.0])],
+    [
+        ([], []),
+        ([5], [1.0]),
+        ([1, 2, 3], [1, math.nan, 2]),
+        ([1, 2], [math.inf, math.nan]),
+        ([1, 2], [2.0, 2.0]),
+        ([0, 1], [1.0, 2.0]),
+        ([1, 2], [0.0, 0.0]),
+        ([3, 3], [1.0, 2.0]),
+        ([1, 2], [-1.0, -5.0]),
+    ],  # fmt: skip
 )
 def test_odd_values_are_drawn_without_fuss(x, y):
     svg = show.chart([show.Line(x, y, "a")], [show.Level(math.nan, "n")], x_label="x", y_label="y")

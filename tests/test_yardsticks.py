@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tinylm.yardsticks import EvaluationError, KneserNey, baselines, frame
 from tinylm.text import documents, split
 from tinylm.tokenizer import Tokenizer
+from tinylm.yardsticks import EvaluationError, KneserNey, baselines, frame
 
 
 class Bytes:

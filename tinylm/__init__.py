@@ -6,13 +6,12 @@ print(tinylm.generate(model, "Once upon a time"))
 """
 
 import importlib
-import sys
-import types
 from typing import Any
 
 __version__ = "0.1.0"
 
-# Public name -> the room it lives in. Imported on first use: `import tinylm` must not wait for JAX.
+# Public name -> the room it lives in. Imported on first use: `import tinylm` must not wait for JAX. No room may have the
+# name of a function: importing the room would put the module in the function's place.
 PUBLIC = {
     "ConfigError": "config",
     "ModelConfig": "config",
@@ -41,14 +40,14 @@ PUBLIC = {
     "save": "checkpoint",
     "Trainer": "training",
     "train": "training",
-    "resume": "training",
+    "resume": "resuming",
     "baselines": "yardsticks",
     "evaluate": "evaluation",
     "compare": "evaluation",
     "diversity": "evaluation",
     "generate": "generation",
     "stream": "generation",
-    "fit": "fit",
+    "fit": "live",
 }
 __all__ = ["__version__", *PUBLIC]
 
@@ -56,20 +55,9 @@ __all__ = ["__version__", *PUBLIC]
 def __getattr__(name: str) -> Any:
     if name not in PUBLIC:
         raise AttributeError(f"module 'tinylm' has no attribute {name!r}")
-    # Read from the room at each use: a name here that is also a room's (train, fit) would be hidden by the module.
-    return getattr(importlib.import_module(f"tinylm.{PUBLIC[name]}"), name)
+    value = globals()[name] = getattr(importlib.import_module(f"tinylm.{PUBLIC[name]}"), name)
+    return value
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Package(types.ModuleType):
-    """Temporary: a function wins over the room of the same name."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in PUBLIC and isinstance(value, types.ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

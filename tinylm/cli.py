@@ -142,7 +142,7 @@ def cmd_train(args: argparse.Namespace) -> None:
 
 def cmd_resume(args: argparse.Namespace) -> None:
     """Go on with a run from its newest checkpoint."""
-    from tinylm.training import resume
+    from tinylm.resuming import resume
 
     longer = {k: v for k, v in chosen(args, TrainConfig).items() if k in ("steps", "tokens", "budget")}
     train_to_the_end(resume(args.folder, **longer), args)
@@ -284,11 +284,11 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    from tinylm import __version__
+    import tinylm
 
     layout = lambda prog: argparse.HelpFormatter(prog, max_help_position=30, width=100)  # noqa: E731
     parser = Parser(prog="tinylm", description="Train tiny language models, look at them, use them.")
-    parser.add_argument("--version", action="version", version=f"tinylm {__version__}")
+    parser.add_argument("--version", action="version", version=f"tinylm {tinylm.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
 
     def command(name: str, run: Callable, example: str) -> argparse.ArgumentParser:

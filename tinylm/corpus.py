@@ -27,7 +27,7 @@ LEARN_FROM = 20_000  # documents a tokenizer learns from: more changes nothing t
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Token shards and their tokenizer; `about` is provenance.json: sources, hashes, counts before and after cleaning."""
+    """Token shards and their tokenizer; `about` is provenance.json: sources, hashes, counts before and after."""
 
     folder: Path
     tokenizer: Tokenizer
@@ -116,9 +116,8 @@ def prepare(
     if clean and any(s != "world" for s in sources):
         held, overlap = without_overlap(held, docs)
         about["contamination"] = {"exact": overlap.exact, "overlapping": overlap.overlapping, "ngram": overlap.ngram}
-        say(
-            f"removed {len(overlap.flagged):,} of {overlap.documents:,} held-out documents that occur in the training text"
-        )
+        share = f"{len(overlap.flagged):,} of {overlap.documents:,} held-out documents"
+        say(f"removed {share} that occur in the training text")
     if not docs:
         raise ConfigError("no document is left to train on; give more text, or a smaller held-out share")
     if tokenizer is None:
@@ -126,9 +125,8 @@ def prepare(
         say(f"learned a vocabulary of {tokenizer.vocab:,}")
     found = tokenizer.round_trip(sample(docs, 1000))
     about["round_trip_failures"] = found.failures
-    say(
-        f"{found.bytes_per_token:.2f} bytes per token; {found.failures} of {found.documents:,} documents change in a round trip"
-    )
+    changed = f"{found.failures} of {found.documents:,} sampled documents change in a round trip"
+    say(f"{found.bytes_per_token:.2f} bytes per token; {changed}")
     for name, part in (("train", docs), ("valid", held)):
         if part:
             tokens = write_tokens(part, tokenizer, folder, split=name, first=first)

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from tinylm.yardsticks import EvaluationError, KneserNey, baselines, check_ids, frame
 from tinylm.text import TextError
 from tinylm.text import documents as read_documents
+from tinylm.yardsticks import EvaluationError, KneserNey, baselines, check_ids, frame
 
 __all__ = [
     "Difference", "Evaluation", "EvaluationError", "KneserNey", "baselines", "compare", "diversity", "evaluate",

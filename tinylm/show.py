@@ -1,7 +1,7 @@
 """What the kit draws: static HTML and SVG that survive saving and reloading a notebook, and the same as plain text.
 
 Pure functions of their arguments: no IPython, no scripts, no files, no fonts or pictures from elsewhere. Colours
-follow the notebook's theme through `currentColor`; the few fixed ones (Okabe and Ito 2008) can be told apart by
+follow the notebook's theme through `currentColor`; the few fixed ones (after Okabe and Ito 2008) can be told apart by
 colour-blind eyes and seen on light and dark grounds, and no difference is told by colour alone.
 """
 
@@ -19,7 +19,7 @@ from tinylm.config import ModelConfig
 from tinylm.markup import FAINT, RULE, Markup, Picture, duration, framed, join, number, tag, visible
 from tinylm.presets import size
 
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+BLUE, ORANGE, GREEN = "#1F80C4", "#D55E00", "#009E73"
 LONGEST = 4000  # characters of one text that are shown; the rest is counted
 POINTS = 300  # of one line: more than the eye resolves, few enough for a small notebook file
 
@@ -51,9 +51,8 @@ def sample(text: object, title: object = "", *, prompt: str = "") -> Picture:
     rest = f" … ({len(text) - LONGEST:,} more characters)" if len(text) > LONGEST else ""
     text, begun = text[:LONGEST], len(prompt) if prompt and text.startswith(prompt) else 0
     inside = join([tag("b", text[:begun]) if begun else None, text[begun:], rest])
-    style = (
-        "white-space:pre-wrap;overflow-wrap:anywhere;border-left:3px solid rgba(128,128,128,.45);padding:2px 0 2px 12px"
-    )
+    style = "white-space:pre-wrap;overflow-wrap:anywhere;padding:2px 0 2px 12px;margin-bottom:8px"
+    style += ";border-left:3px solid rgba(128,128,128,.45)"
     head = tag("div", title, style=f"margin:0 0 3px;{FAINT}") if title else None
     return Picture(
         framed(head, tag("div", inside, style=style)), visible("\n".join(filter(None, [str(title), text + rest])))
@@ -74,7 +73,7 @@ def tokens(tokenizer: Any, text: str) -> Picture:
             "span",
             piece(t).replace("\n", "⏎\n"),
             title=f"token {t}",
-            style=f"background:rgba({tints[i % 4]},.24);{edge}",
+            style=f"background:rgba({tints[i % 4]},.32);{edge}",
         )
         for i, t in enumerate(ids)
     ]
@@ -90,7 +89,7 @@ def tokens(tokenizer: Any, text: str) -> Picture:
 def sizes(config: ModelConfig) -> Picture:
     """Where the parameters of a model are, and what it costs."""
     cost = size(config)
-    rows: list[list[object]] = [[n, v, f"{v / cost.total:.0%}"] for n, v in cost.groups.items() if v]
+    rows: list[list[object]] = [[n, v, f"{v / cost.total:.1%}"] for n, v in cost.groups.items() if v]
     rows.append(["total", cost.total, "100%"])
     groups = table(
         rows, ["group", "parameters", "share"], f"{config.layers} layers, {config.width} wide, {config.heads} heads"
@@ -287,7 +286,7 @@ class Curves(NamedTuple):
 
 
 def curves(trainer: Any) -> Curves:
-    """The losses of a `Trainer`, at most `POINTS` of them: bits per byte if the bytes are known, else nats per token."""
+    """The losses of a `Trainer` as at most `POINTS` points: bits per byte if bytes are known, else nats per token."""
     losses, history = trainer.losses, trainer.history
     known = getattr(trainer.batches, "tokens", None)
     bytes_per_token = getattr(known, "bytes_per_token", 0) or trainer.valid_bytes_per_token
@@ -349,7 +348,7 @@ def run_summary(
     state = SAID[trainer.outcome] if last or trainer.outcome != "running" else "starting: the first step compiles"
     line = f"step {trainer.step:,}{of} · {seen} tokens · {share:.0%}"
     lines = [
-        Line(c.x, c.raw, color=BLUE, width=1, opacity=0.3),
+        Line(c.x, c.raw, color=BLUE, width=1, opacity=0.45),
         Line(c.x, c.train, "training", BLUE),
         Line(c.valid_x, c.valid, "validation", ORANGE, dots=len(c.valid) <= 40),
     ]

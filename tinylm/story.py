@@ -91,8 +91,8 @@ def story(
         held, floor = held[:HELD_OUT], None
         if len(held) < 2 or not docs:
             raise ConfigError(
-                f"{text} gives {len(docs)} training and {len(held)} held-out documents after cleaning, which is too few; "
-                "separate documents by <|endoftext|>, or give more text"
+                f"{text} gives {len(docs)} training and {len(held)} held-out documents after cleaning, which is too "
+                "few; separate documents by <|endoftext|>, or give more text"
             )
         removed = report.exact + report.near + len(overlap.flagged)
         kind = f"{len(docs):,} documents of {text}; {removed:,} duplicates and overlaps removed"
@@ -103,9 +103,8 @@ def story(
     config = preset(name, vocab=tokenizer.vocab, context=256)
     tokens = write_tokens(docs, tokenizer, folder / "data", split="train")
     valid = write_tokens(held, tokenizer, folder / "data", split="valid")
-    say(
-        f"tokens     vocabulary {tokenizer.vocab:,}, {valid.bytes_per_token:.2f} bytes per token, {len(tokens):,} to train on"
-    )
+    known = f"vocabulary {tokenizer.vocab:,}, {valid.bytes_per_token:.2f} bytes per token"
+    say(f"tokens     {known}, {len(tokens):,} to train on")
     others = baselines(docs, held, tokenizer, names=list(NAMES))
 
     model = Transformer(config, rngs=seed, tokenizer=tokenizer)

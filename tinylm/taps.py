@@ -57,7 +57,7 @@ def within(prefix: str, tap: Tap) -> Tap:
 
 
 @dataclasses.dataclass(frozen=True)
-class recording:  # noqa: N801 (reads as a verb where it is used)
+class recording:
     """Tap that keeps the values of all sites whose whole name matches the regex `sites` in `store`.
 
     Under `jax.jit` return `store` from the jitted function: it holds tracers until then.
@@ -76,7 +76,7 @@ class recording:  # noqa: N801 (reads as a verb where it is used)
 
 
 @dataclasses.dataclass(frozen=True)
-class patching:  # noqa: N801
+class patching:
     """Tap that puts `values[site]` in the place of the value at each of its sites.
 
     Raises ValueError when the shapes differ, since broadcasting would patch more than was meant.

@@ -77,7 +77,7 @@ class Fit:
         return trainer
 
     def run(self) -> Trainer:
-        """Train until it is done, stopped or interrupted, without an event loop. In a script a second Ctrl-C is final."""
+        """Train until done, stopped or interrupted, without an event loop. In a script a second Ctrl-C is final."""
         with Patience() as patience:
             trainer, watch = self._start(stoppable=False)
             with watch, contextlib.closing(trainer.every_step()) as steps:
