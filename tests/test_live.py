@@ -439,7 +439,7 @@ class Kernel:
         self.client.wait_for_ready(timeout=60)
 
     def run(self, code, wait=None, do=None):
-        """(output, errors, seconds from `do` to the end, messages); `do(button)` comes `wait` s after the first drawing."""
+        """(output, errors, seconds after `do`, messages); `do(button)` comes `wait` s after the drawing begins."""
         request, done, found, button, due = self.client.execute(code), None, [], None, None
         end = time.monotonic() + 120
         while time.monotonic() < end:

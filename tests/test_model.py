@@ -294,21 +294,19 @@ def test_dropout_rate():
 # --- initial values ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("std", [0.0, 0.02])
+@pytest.mark.parametrize("std", [0.02, 0.3])
 def test_initial_values_follow_the_table(std):
     config = ModelConfig(vocab=300, width=96, layers=2, bias=True, head="untied", positions="learned", init_std=std)
     for name, value in named(Transformer(config, rngs=3)).items():
         x = np.asarray(value)
         if name.endswith("scale"):
             assert (x == 1).all(), name
-        elif name.endswith("bias") or (not std and re.search(r"attn\.o|mlp\.down", name)):
+        elif name.endswith("bias"):
             assert (x == 0).all(), name
         else:
-            expected = std or (0.02 if name.endswith("table") else x.shape[0] ** -0.5)
-            error = expected / (2 * x.size) ** 0.5
-            assert abs(x.std() - expected) < 5 * error, name
-            assert abs(x.mean()) < 5 * expected / x.size**0.5, name
-            assert np.abs(x).max() > 3 * expected, name  # normal, not cut off or uniform
+            assert abs(x.std() - std) < 5 * std / (2 * x.size) ** 0.5, name
+            assert abs(x.mean()) < 5 * std / x.size**0.5, name
+            assert np.abs(x).max() > 3 * std, name  # normal, not cut off or uniform
 
 
 def test_initial_values_depend_on_seed_and_name_alone():
@@ -324,13 +322,6 @@ def test_initial_values_depend_on_seed_and_name_alone():
         assert name.endswith("scale") or not np.array_equal(value, other[name])
     matrices = [np.asarray(v).tobytes() for n, v in a.items() if not n.endswith("scale")]
     assert len(set(matrices)) == len(matrices)
-
-
-def test_every_block_starts_as_the_identity():
-    model = Transformer(config_of("llama"))
-    tokens = jnp.asarray(random_tokens())
-    embedded = model.norm(model.embed(tokens)) @ model.embed.weight().T
-    near(model(tokens), np.asarray(embedded), 1e-6)
 
 
 # --- one configuration, one program -----------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ class ModelConfig(Config):
         embed_norm: a norm right after the embeddings (BERT).
         token_types: number of segment embeddings (BERT's token_type_ids); 0: none.
         dropout: share dropped of embeddings, attention patterns and block outputs, in training only.
-        init_std: standard deviation of every initial matrix; 0: the kit's own table (`weights.initialize`).
+        init_std: standard deviation of every initial matrix and embedding.
     """
 
     kind: Kind = "decoder"
@@ -151,7 +151,7 @@ class ModelConfig(Config):
     embed_norm: bool = False
     token_types: int = 0
     dropout: float = 0.0
-    init_std: float = 0.0
+    init_std: float = 0.02
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -26,7 +26,6 @@ NEO = {
     "attention_scale": 1.0,
     "bias": True,
     "qkv_bias": False,
-    "init_std": 0.02,
 }
 BERT = {
     "kind": "encoder",
@@ -41,7 +40,6 @@ BERT = {
     "embed_norm": True,
     "token_types": 2,
     "dropout": 0.1,
-    "init_std": 0.02,
 }
 
 PRESETS: dict[str, dict[str, Any]] = {
