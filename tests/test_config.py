@@ -226,3 +226,12 @@ def test_model_json_round_trip(config):
 def test_train_json_round_trip(settings, end, size):
     config = TrainConfig(**settings, **{end: size})
     assert TrainConfig.from_dict(json.loads(config.to_json())) == config
+
+
+def test_replace_lets_derived_sizes_follow():
+    small = ModelConfig(width=64, heads=2)
+    wide = small.replace(width=128, heads=8)
+    assert wide == ModelConfig(width=128, heads=8)
+    assert (wide.kv_heads, wide.head_width, wide.hidden) == (8, 16, 352)
+    grouped = ModelConfig(width=64, heads=4, kv_heads=2)
+    assert grouped.replace(width=128).kv_heads == 2

@@ -20,7 +20,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tinylm.config import Sampling
 from tinylm.model import Cache, Transformer
-from tinylm.weights import bind, check_tokens, pure
+from tinylm.shards import check_tokens
+from tinylm.weights import bind, pure
 
 
 class GenerateError(ValueError):
@@ -151,7 +152,10 @@ def generate_tokens(
         raise GenerateError(f"tokens = {tokens}, chunk = {chunk}: give at least 0 and 1")
     if not 0 <= seed < 2**32:
         raise GenerateError(f"seed = {seed}: must be a whole number from 0 to 2^32 - 1")
-    texts = [check_tokens(prompt, config.vocab).tolist() for prompt in prompts]
+    texts = []
+    for row, prompt in enumerate(prompts):
+        check_tokens(np.asarray(prompt, dtype=None if len(prompt) else np.int32), config.vocab, f"prompt {row}")
+        texts.append(np.asarray(prompt).tolist())
     if not texts or not all(texts):
         raise GenerateError("a prompt without tokens cannot be continued; start with the tokenizer's end token")
     graph, params = pure(model)

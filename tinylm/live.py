@@ -54,8 +54,8 @@ class Fit:
     def _start(self, stoppable: bool) -> tuple[Trainer, Watch]:
         trainer = self._make()
         # What was drawn beside the curves is drawn again when the training goes on.
-        options = {**getattr(trainer, "watched", {}), **{k: v for k, v in self._options.items() if v is not None}}
-        trainer.watched = options  # type: ignore[attr-defined]
+        options = {**trainer.watched, **{k: v for k, v in self._options.items() if v is not None}}
+        trainer.watched = options
         view = self._view if self._view is not None else NotebookView(stoppable) if in_notebook() else TerminalView()
         return trainer, Watch(trainer, view, **options)
 

@@ -292,6 +292,11 @@ class Tokens:
         """Raw UTF-8 bytes of the documents per token of them (end tokens not counted)."""
         return self.bytes / max(1, len(self) - self.documents - 1)
 
+    @property
+    def bytes_per_prediction(self) -> float:
+        """Raw bytes per predicted token, the ends of the documents included: turns nats per token into bits per byte."""
+        return self.bytes / max(1, len(self) - 1)
+
     def verify(self) -> None:
         """Hash every shard and check every id. Raises DataError naming the damaged file."""
         for (path, sha), part in zip(self._files, self._parts, strict=True):

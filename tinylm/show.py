@@ -289,7 +289,7 @@ def curves(trainer: Any) -> Curves:
     """The losses of a `Trainer` as at most `POINTS` points: bits per byte if bytes are known, else nats per token."""
     losses, history = trainer.losses, trainer.history
     known = getattr(trainer.batches, "tokens", None)
-    bytes_per_token = getattr(known, "bytes_per_token", 0) or trainer.valid_bytes_per_token
+    bytes_per_token = getattr(known, "bytes_per_prediction", 0) or trainer.valid_bytes
     bits = bool(bytes_per_token) and trainer.config.objective == "next_token"
     before = max(0, trainer.step - len(losses))  # steps of earlier sittings: only the logged ones are known
     old = [(s.step, s.loss) for s in history if s.step <= before]

@@ -36,9 +36,12 @@ NAMES = {
 
 
 def recipe(budget: float) -> dict[str, Any]:
-    """What to train in so many seconds on two CPU cores; found by the sweeps in notebooks/LAB.md."""
-    size = "400K" if budget < 600 else "1M" if budget < 3600 else "3M"
-    return {"preset": size, "batch": 4 if budget < 600 else 8, "optimizer": "muon", "learning_rate": 0.01, "warmup": 30}
+    """What to train in so many seconds on two CPU cores: the sweeps of 2026-11-21 in notebooks/LAB.md."""
+    if budget < 600:
+        return {"preset": "400K", "shape": {"width": 96, "layers": 2, "heads": 2}, "batch": 2}
+    if budget < 3600:
+        return {"preset": "1M", "shape": {"heads": 2}, "batch": 4}
+    return {"preset": "3M", "shape": {}, "batch": 8}
 
 
 def story(
@@ -74,8 +77,7 @@ def story(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} holds something already; take another --out")
     plan = recipe(budget)
-    name = preset_name or plan.pop("preset")
-    plan.pop("preset", None)
+    name, shape = (preset_name, {}) if preset_name else (plan["preset"], plan["shape"])
 
     world = None
     if text is None:
@@ -100,7 +102,7 @@ def story(
     say(f"text       {size / 1e6:.1f} MB, {kind}")
 
     tokenizer = Tokenizer.train(sample(docs, LEARN_FROM), vocab=vocab_for(name))
-    config = preset(name, vocab=tokenizer.vocab, context=256)
+    config = preset(name, **{"context": 256, **shape, "vocab": tokenizer.vocab})
     tokens = write_tokens(docs, tokenizer, folder / "data", split="train")
     valid = write_tokens(held, tokenizer, folder / "data", split="valid")
     known = f"vocabulary {tokenizer.vocab:,}, {valid.bytes_per_token:.2f} bytes per token"
@@ -111,7 +113,7 @@ def story(
     say(f"model      {count(config):,} parameters: {config.layers} layers of width {config.width}")
     finish = 8.0 + 0.05 * budget  # scoring, the story, and compiling both
     settings = TrainConfig(
-        budget=max(5.0, left() - finish), seed=seed, log_every=20, eval_every=200, eval_batches=6, **plan
+        budget=max(5.0, left() - finish), batch=plan["batch"], seed=seed, log_every=20, eval_every=200, eval_batches=16
     )
     trainer = train(model, tokens, settings, valid=valid, out=folder)
     fit(trainer, floor=floor, view=TerminalView(sys.stderr), sample_every=0).run()

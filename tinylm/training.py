@@ -174,7 +174,8 @@ class Trainer:
         history: every logged step so far. losses: the loss of every step of this sitting.
         outcome: "running", "done", "interrupted" (a signal; `signal` holds its number), "stopped" (`stop()`, or the
             caller left the loop) or "diverged".
-        run: the run folder, or None.
+        run: the run folder, or None. last_error: why the last checkpoint could not be written, or None.
+        watched: what a live view draws beside the curves, kept for the next sitting.
     """
 
     def __init__(
@@ -191,7 +192,7 @@ class Trainer:
         self.tracker: Tracker = tracker or NoTracker()
         tie = functools.partial(batches_of, model=model.config, tokenizer=model.tokenizer)
         self.batches = tie(data, config) if isinstance(data, Tokens) else data
-        self.valid_bytes_per_token = valid.bytes_per_token if isinstance(valid, Tokens) else None
+        self.valid_bytes = valid.bytes_per_prediction if isinstance(valid, Tokens) else None
         self.valid = tie(valid, config.replace(seed=0)) if isinstance(valid, Tokens) else valid
         self.length = config.length or model.config.context
         self.tokens_per_step = config.batch * self.length
@@ -206,6 +207,7 @@ class Trainer:
         self.losses: list[float] = []
         self.outcome, self.signal = "running", 0
         self.last_error: OSError | None = None
+        self.watched: dict[str, Any] = {}
         self._ask = False
         self._clock: float | None = None
         self._flying: collections.deque[tuple[int, float, dict]] = collections.deque()
@@ -362,8 +364,8 @@ class Trainer:
         sums = [loss(self.state.params, self.valid(i)) for i in range(self.config.eval_batches)]
         nats, weight = (float(sum(part)) for part in zip(*sums, strict=True))
         found = {"valid_loss": nats / weight}
-        if self.valid_bytes_per_token and self.config.objective == "next_token":
-            found["valid_bits"] = found["valid_loss"] / math.log(2) / self.valid_bytes_per_token
+        if self.valid_bytes and self.config.objective == "next_token":
+            found["valid_bits"] = found["valid_loss"] / math.log(2) / self.valid_bytes
         return found
 
     def tensors(self) -> dict[str, np.ndarray]:

@@ -79,14 +79,3 @@ def assign(model: nnx.Module, values: Mapping[str, Any]) -> None:
     nnx.update(
         model, nnx.from_flat_state([(path, leaf.replace(jnp.asarray(values[n]))) for n, (path, leaf) in flat.items()])
     )
-
-
-def check_tokens(tokens: Any, vocab: int) -> np.ndarray:
-    """`tokens` as int32 if every id is in [0, vocab), which JAX itself never checks. Raises ValueError otherwise."""
-    ids = np.asarray(tokens)
-    if ids.size and ids.dtype.kind not in "iu":
-        raise ValueError(f"token ids must be whole numbers, not {ids.dtype}")
-    if ids.size and (ids.min() < 0 or ids.max() >= vocab):
-        bad = ids.flat[int(np.argmax((ids < 0) | (ids >= vocab)))]
-        raise ValueError(f"token id {bad} is outside 0..{vocab - 1}; was the text encoded with another tokenizer?")
-    return ids.astype(np.int32)
