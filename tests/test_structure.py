@@ -138,7 +138,7 @@ def test_public_names_are_documented(name):
 
 def test_unknown_public_name():
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
-        tinylm.trian  # noqa: B018
+        tinylm.trian
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

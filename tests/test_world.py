@@ -383,7 +383,7 @@ def test_other_errors() -> None:
     with pytest.raises(WorldTooLarge, match="limit = 100"):
         World().enumerate(100)
     with pytest.raises(ConfigError, match="only bigram and fsm"):
-        World().chain  # noqa: B018
+        World().chain
     with pytest.raises(ConfigError, match="did you mean 'topic'"):
         World().classification("topics")
     with pytest.raises(ConfigError, match="from 2 to 8"):

@@ -10,8 +10,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# Public name -> the room it lives in. Imported on first use: `import tinylm` must not wait for JAX. No room may have the
-# name of a function: importing the room would put the module in the function's place.
+# Public name -> the room it lives in, imported on first use: `import tinylm` must not wait for JAX. No room may have
+# the name of a function: importing the room would put the module in the function's place.
 PUBLIC = {
     "ConfigError": "config",
     "ModelConfig": "config",

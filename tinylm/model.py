@@ -416,7 +416,7 @@ class Transformer(nnx.Module):
         """Logits (B T V); with a cache, the pair of logits and the cache holding T positions more.
 
         Args:
-            tokens: ids in [0, vocab); not checked here, where they may be traced (`data.check_tokens` does on the host).
+            tokens: ids in [0, vocab); not checked here, where they may be traced (see `data.check_tokens`).
             positions: default 0 .. T-1, or on from what the cache holds.
             segments: positions see only their own segment; not with a cache.
             types: BERT's token types, default 0.

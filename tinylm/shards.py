@@ -294,7 +294,7 @@ class Tokens:
 
     @property
     def bytes_per_prediction(self) -> float:
-        """Raw bytes per predicted token, the ends of the documents included: turns nats per token into bits per byte."""
+        """Raw bytes per predicted token, ends of documents included: turns nats per token into bits per byte."""
         return self.bytes / max(1, len(self) - 1)
 
     def verify(self) -> None:
