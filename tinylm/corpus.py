@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def prepare(
     say(f"{found.bytes_per_token:.2f} bytes per token; {changed}")
     for name, part in (("train", docs), ("valid", held)):
         if part:
-            tokens = write_tokens(part, tokenizer, folder, split=name, first=first)
+            tokens = write_tokens(part, tokenizer, folder, split=name, first=first, progress=now_and_then(say, name))
             about[name] = {k: getattr(tokens, k) for k in ("documents", "bytes", "sha256")} | {"tokens": len(tokens)}
     tokenizer.save(folder / "tokenizer.json")
     # Last, and in one piece: a folder with provenance.json is whole.
@@ -137,6 +138,19 @@ def prepare(
     partial.write_text(json.dumps(about, indent=2) + "\n")
     partial.replace(folder / "provenance.json")
     return opened(folder)
+
+
+def now_and_then(say: Callable[[str], None], name: str, every: float = 5.0) -> Callable[[int], None]:
+    """A progress callback that says how many bytes are done, every few seconds."""
+    last = time.monotonic()
+
+    def progress(done: int) -> None:
+        nonlocal last
+        if time.monotonic() - last >= every:
+            last = time.monotonic()
+            say(f"{name}: {done / 1e6:,.0f} MB tokenized")
+
+    return progress
 
 
 def opened(folder: Path, verify: bool = False) -> Corpus:

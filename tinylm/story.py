@@ -64,7 +64,7 @@ def story(
         seed: of the model and its story. say: takes a line. tell: takes a piece of the story.
 
     Returns:
-        The figures, for json: folder, bits_per_byte, ci95, floor, baselines, story, parameters, tokens, seconds.
+        The figures, for json: folder, bits_per_byte, ci95, floor, excess, baselines, story, parameters, ...
 
     Raises:
         ConfigError: the budget or the text is too small. FileExistsError: `out` holds something.
@@ -128,6 +128,8 @@ def story(
         extra = f"   ({found.ci95[0]:.3f} to {found.ci95[1]:.3f})" if label == "this model" and found.ci95 else ""
         say(f"  {label:<20} {value:6.3f}  {'█' * round(36 * value / max(table.values()))}{extra}")
 
+    if floor is not None:
+        say(f"this model spends {found.bits_per_byte - floor:.3f} bits per byte more than it must")
     say("\na story it tells:\n")
     told = []
     for piece in stream(model, "", tokens=400, temperature=0.7, min_p=0.05, seed=seed):
@@ -146,6 +148,7 @@ def story(
         "bits_per_byte": found.bits_per_byte,
         "ci95": found.ci95,
         "floor": floor,
+        "excess": None if floor is None else found.bits_per_byte - floor,
         "baselines": others,
         "story": "".join(told),
         "parameters": count(config),
