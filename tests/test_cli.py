@@ -222,3 +222,16 @@ def test_the_main_job_on_your_own_text(text, tmp_path, capsys):
     status, _, err = run("story", "--budget", "20s", "--text", few, "--out", tmp_path / "few", capsys=capsys)
     assert status == 1
     assert "too few" in err or "empty" in err
+
+
+def test_paragraphs_as_documents(tmp_path, capsys):
+    book = tmp_path / "book.txt"
+    book.write_text("\n\n".join(World().texts(40)).replace("\n\n\n", "\n\n"))
+    args = ["tokens", book, "--vocab", "512", "--out"]
+    status, _, err = run(*args, tmp_path / "one", capsys=capsys)
+    assert status == 1
+    assert r"--separator '\n\n'" in err
+    status, out, _ = run(*args, tmp_path / "many", "--separator", r"\n\n", "--json", capsys=capsys)
+    assert status == 0
+    assert json.loads(out)["documents_read"] > 100
+    assert cli.escaped(r"a\n\tbé<|x|>漢") == "a\n\tbé<|x|>漢"

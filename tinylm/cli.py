@@ -38,6 +38,11 @@ def amount(text: str) -> int:
     return round(float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2]])
 
 
+def escaped(text: str) -> str:
+    r"""Text as typed, with \n, \t and the like meant as in Python."""
+    return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+
+
 def yes_or_no(text: str) -> bool:
     """ "true" or "false"."""
     if text.lower() not in ("true", "false"):
@@ -175,8 +180,10 @@ def cmd_evaluate(args: argparse.Namespace) -> None:
     """Bits per byte of a model on a text, with an interval over documents."""
     from tinylm.checkpoint import load
     from tinylm.evaluation import evaluate
+    from tinylm.text import documents
 
-    found = evaluate(load(args.folder), args.text, limit=args.limit, stride=args.stride)
+    docs = documents(args.text, separator=args.separator, limit=args.limit)
+    found = evaluate(load(args.folder), docs, stride=args.stride)
     low, high = found.ci95 or (float("nan"),) * 2
     text = f"{found.bits_per_byte:.4f} bits per byte" + (
         f" (95% interval {low:.4f} to {high:.4f})" if found.ci95 else ""
@@ -205,7 +212,14 @@ def cmd_story(args: argparse.Namespace) -> None:
     """The main job: from nothing to a model that tells stories, in about two minutes."""
     from tinylm.story import story
 
-    given = {"text": args.text, "preset_name": args.preset, "budget": args.budget, "out": args.out, "seed": args.seed}
+    given = {
+        "text": args.text,
+        "separator": args.separator,
+        "preset_name": args.preset,
+        "budget": args.budget,
+        "out": args.out,
+        "seed": args.seed,
+    }
     if args.json:
         figures = story(**given, say=say, tell=lambda piece: None)
         print(json.dumps(figures, indent=2))
@@ -230,6 +244,7 @@ def prepare_corpus(args: argparse.Namespace, folder: Path, sources: Sequence[str
         vocab=getattr(args, "vocab", 4096),
         kind=args.kind_of_tokenizer,
         clean=not args.keep_duplicates,
+        separator=args.separator,
         say=say,
     )
 
@@ -300,6 +315,17 @@ def build_parser() -> argparse.ArgumentParser:
         made.set_defaults(run=run)
         return made
 
+    def separator_option(p: argparse.ArgumentParser) -> None:
+        text = r"what stands between the documents of a text file, such as '\n\n' (default <|endoftext|>)"
+        p.add_argument("--separator", type=escaped, default="<|endoftext|>", metavar="TEXT", help=text)
+
+    def corpus_options(p: argparse.ArgumentParser) -> None:
+        separator_option(p)
+        p.add_argument("--valid", metavar="SOURCE", help="held-out text (default: 5%% of the documents, by hash)")
+        p.add_argument("--tokenizer", metavar="FILE", help="use this tokenizer.json instead of training one")
+        p.add_argument("--kind-of-tokenizer", default="bpe", choices=["bpe", "wordpiece", "unigram", "byte"])
+        p.add_argument("--keep-duplicates", action="store_true", help="do not remove equal and nearly equal documents")
+
     p = command("story", cmd_story, "tinylm story --budget 2m")
     p.add_argument("--budget", type=duration, default=120.0, metavar="TIME", help="time for everything (default 2m)")
     p.add_argument(
@@ -310,12 +336,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--out", metavar="DIR", help="folder for the run (default runs/story, or the next free number)")
     p.add_argument("--seed", type=int, default=0, metavar="N", help="another story, another model (default 0)")
-
-    def corpus_options(p: argparse.ArgumentParser) -> None:
-        p.add_argument("--valid", metavar="SOURCE", help="held-out text (default: 5%% of the documents, by hash)")
-        p.add_argument("--tokenizer", metavar="FILE", help="use this tokenizer.json instead of training one")
-        p.add_argument("--kind-of-tokenizer", default="bpe", choices=["bpe", "wordpiece", "unigram", "byte"])
-        p.add_argument("--keep-duplicates", action="store_true", help="do not remove equal and nearly equal documents")
 
     p = command("tokens", cmd_tokens, "tinylm tokens stories.txt --out data/stories --vocab 4096")
     p.add_argument("files", nargs="+", metavar="SOURCE", help="text file, jsonl, parquet, folder, hf:ID, or world")
@@ -343,6 +363,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = command("evaluate", cmd_evaluate, "tinylm evaluate runs/first --text valid.txt --json")
     p.add_argument("folder", metavar="DIR", help="folder of a run or of a saved model")
     p.add_argument("--text", required=True, metavar="SOURCE", help="text to score: file, folder or hf:ID")
+    separator_option(p)
     p.add_argument("--limit", type=amount, metavar="N", help="only the first N documents")
     p.add_argument("--stride", type=amount, metavar="N", help="tokens between windows (default half the context)")
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tinylm.config import ConfigError
+from tinylm.reading import END
 from tinylm.shards import Tokens, write_tokens
 from tinylm.text import clean as without_overlap
 from tinylm.text import deduplicate, documents, sample, split
@@ -61,6 +62,7 @@ def prepare(
     kind: Kind = "bpe",
     clean: bool = True,
     share: float = 0.05,
+    separator: str | None = END,
     limit: int | None = None,
     first: int | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -74,6 +76,7 @@ def prepare(
         valid: source of the held-out documents; without it `share` of the documents, picked by their hash.
         tokenizer: one to use, or its file; without it one of `kind` with `vocab` ids learns from the training text.
         clean: remove equal and nearly equal documents, and held-out ones that occur in the training text.
+        separator: stands between the documents of a text file; None keeps each file whole.
         limit: the first so many documents. first: only the first so many tokens of each.
         say: gets a line at every stage.
 
@@ -91,6 +94,7 @@ def prepare(
         "tokenizer": tokenizer.sha256 if tokenizer else {"kind": kind, "vocab": vocab},
         "clean": clean,
         "share": share,
+        "separator": separator,
         "limit": limit,
         "first": first,
     }
@@ -103,8 +107,8 @@ def prepare(
         say(f"{folder} is up to date")
         return there
 
-    docs = [text for s in sources for text in read(s, limit)][:limit]
-    held = None if valid is None else list(read(valid, None))
+    docs = [text for s in sources for text in read(s, separator, limit)][:limit]
+    held = None if valid is None else list(read(valid, separator, None))
     size = sum(len(text.encode()) for text in docs)
     say(f"read {len(docs):,} documents, {size / 1e6:.1f} MB")
     about: dict[str, Any] = {"wish": wish, "documents_read": len(docs), "bytes_read": size}
@@ -113,6 +117,11 @@ def prepare(
         about["duplicates"] = {"exact": duplicates.exact, "near": duplicates.near, "similarity": duplicates.threshold}
         say(f"removed {duplicates.exact:,} equal and {duplicates.near:,} nearly equal documents")
     if held is None:
+        if len(docs) < 2:
+            raise ConfigError(
+                f"the text is {len(docs)} document, and one cannot be both trained on and held out: say what separates "
+                r"its documents (--separator '\n\n' for paragraphs), or give a held-out text (--valid)"
+            )
         docs, held = split(docs, valid=share)
     if clean and any(s != "world" for s in sources):
         held, overlap = without_overlap(held, docs)
@@ -161,9 +170,11 @@ def opened(folder: Path, verify: bool = False) -> Corpus:
     return Corpus(folder, Tokenizer.load(folder / "tokenizer.json"), train, valid, about)
 
 
-def read(source: Any, limit: int | None) -> Iterable[str]:
+def read(source: Any, separator: str | None, limit: int | None) -> Iterable[str]:
     """The documents of a source; "world" is the embedded one."""
-    return World().corpus(WORLD_BYTES) if source == "world" else documents(source, limit=limit)
+    if source == "world":
+        return World().corpus(WORLD_BYTES)
+    return documents(source, separator=separator, limit=limit)
 
 
 def identity(source: Any) -> str:

@@ -18,6 +18,7 @@ from tinylm.live import TerminalView, fit
 from tinylm.markup import visible
 from tinylm.model import Transformer
 from tinylm.presets import count, preset, vocab_for
+from tinylm.reading import END
 from tinylm.shards import write_tokens
 from tinylm.text import clean, deduplicate, documents, sample, split
 from tinylm.tokenizer import Tokenizer
@@ -47,6 +48,7 @@ def recipe(budget: float) -> dict[str, Any]:
 def story(
     *,
     text: str | None = None,
+    separator: str | None = END,
     preset_name: str | None = None,
     budget: float = 120.0,
     out: str | os.PathLike | None = None,
@@ -58,6 +60,7 @@ def story(
 
     Args:
         text: a source for `documents`; None is the embedded world, whose entropy is known.
+        separator: stands between the documents of a text file.
         preset_name: of the model; None picks a size for the budget.
         budget: seconds for all of it.
         out: folder of the run; None is runs/story, or the first free runs/story-2, ...
@@ -87,14 +90,14 @@ def story(
         floor = world.floor(held).bits_per_byte
         kind = f"{len(docs):,} stories of the embedded world; no model can beat {floor:.3f} bits per byte"
     else:
-        docs, report = deduplicate(documents(text))
-        docs, held = split(docs)
+        docs, report = deduplicate(documents(text, separator=separator))
+        docs, held = split(docs) if len(docs) > 1 else (docs, [])
         held, overlap = clean(held, docs)
         held, floor = held[:HELD_OUT], None
         if len(held) < 2 or not docs:
             raise ConfigError(
                 f"{text} gives {len(docs)} training and {len(held)} held-out documents after cleaning, which is too "
-                "few; separate documents by <|endoftext|>, or give more text"
+                r"few; give more text, or say what separates its documents (--separator '\n\n' for paragraphs)"
             )
         removed = report.exact + report.near + len(overlap.flagged)
         kind = f"{len(docs):,} documents of {text}; {removed:,} duplicates and overlaps removed"
