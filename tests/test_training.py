@@ -184,6 +184,22 @@ def test_mlm_learns(tokens, tokenizer):
     assert np.mean(trainer.losses[-8:]) < np.mean(trainer.losses[:3]) - 0.3
 
 
+def test_documents_keep_attention_inside_each(tokens, tokenizer):
+    """What stands before a document changes nothing in it: the loss is that of the documents alone."""
+    config = CONFIG.replace(steps=2, documents=True)
+    trainer = train(fresh(tokenizer), tokens, config)
+    batch = trainer.batches(0)
+    assert batch.segments is not None
+    assert batch.segments.max() > 1
+    model = fresh(tokenizer)
+    logits = model(batch.tokens, positions=batch.positions, segments=batch.segments)
+    row = int(np.argmax(batch.segments.max(1)))
+    own = batch.segments[row] == batch.segments[row].max()
+    alone = model(batch.tokens[row : row + 1, own])
+    np.testing.assert_allclose(logits[row, own], alone[0], atol=1e-5)
+    assert [step.step for step in trainer] == [1, 2]
+
+
 # --- stopping and going on --------------------------------------------------------------------------------------------
 
 

@@ -218,6 +218,7 @@ class TrainConfig(Config):
         batch: sequences per optimiser step.
         length: tokens per sequence; 0: the model's context.
         accumulate: the batch is computed in this many parts, one after the other.
+        documents: attention and positions stay inside each document of a sequence, instead of running across.
         objective: "next_token", or "mlm" (mask_rate of the positions hidden: 80% mask, 10% random, 10% kept).
         mask_rate: share of positions that mlm predicts.
         optimizer: "adamw", or "muon" (Muon for matrices inside the blocks, AdamW for the rest).
@@ -246,6 +247,7 @@ class TrainConfig(Config):
     batch: int = 8
     length: int = 0
     accumulate: int = 1
+    documents: bool = False
     objective: Objective = "next_token"
     mask_rate: float = 0.15
     optimizer: Optimizer = "muon"

@@ -121,7 +121,7 @@ def batches_of(tokens: Tokens, config: TrainConfig, model: ModelConfig, tokenize
     wanted = "encoder" if config.objective == "mlm" else "decoder"
     if model.kind != wanted:
         raise ConfigError(f'objective "{config.objective}" needs a {wanted}, this model is a {model.kind}')
-    windows = Windows(tokens, batch=config.batch, length=length, seed=config.seed)
+    windows = Windows(tokens, batch=config.batch, length=length, seed=config.seed, documents=config.documents)
     if config.objective == "next_token":
         return windows
     if tokenizer is None or tokenizer.mask is None:
