@@ -54,6 +54,7 @@ WRONG_TRAIN = [
     ({"batch": 0}, "batch", "at least 1"),
     ({"batch": 32, "accumulate": 5}, "accumulate", "must divide batch = 32"),
     ({"accumulate": 0}, "accumulate", "at least 1"),
+    ({"documents": 1}, "documents", "true or false"),
     ({"length": -1}, "length", "negative"),
     ({"objective": "gpt"}, "objective", "must be one of next_token, mlm"),
     ({"mask_rate": 1.0}, "mask_rate", "between 0 and 1"),

@@ -340,5 +340,5 @@ def test_wrong_models_and_prompts():
     for prompts in ([], [[]], [[1], []]):
         with pytest.raises(GenerateError, match="a prompt without tokens"):
             list(generate_tokens(made(), prompts, tokens=1))
-    with pytest.raises(ValueError, match=r"token id 261 is outside 0..260"):
+    with pytest.raises(ValueError, match=r"prompt 0: id 261 at position 0 is outside 0..260"):
         list(generate_tokens(made(), [[261]], tokens=1))

@@ -16,7 +16,7 @@ from tinylm.config import ModelConfig, Sampling
 from tinylm.generation import generate_tokens
 from tinylm.model import Cache, Transformer, attend, attend_fused, dropout, shapes
 from tinylm.taps import untouched
-from tinylm.weights import assign, bind, check_tokens, named, pure
+from tinylm.weights import assign, bind, named, pure
 
 B, T = 2, 17
 SMALL = {"vocab": 61, "context": 24, "width": 32, "layers": 2, "heads": 4}
@@ -247,22 +247,6 @@ def test_wrong_calls():
     bert = Transformer(config_of("bert"))
     with pytest.raises(ValueError, match="an encoder cannot use a cache"):
         bert(tokens, cache=Cache.empty(bert.config, 1))
-
-
-@pytest.mark.parametrize(
-    ("tokens", "message"),
-    [
-        ([0, 61], "token id 61 is outside 0..60"),
-        ([-1], "token id -1 is outside"),
-        ([2**32 + 5], "outside"),
-        ([1.5], "float64"),
-    ],
-)
-def test_check_tokens(tokens, message):
-    with pytest.raises(ValueError, match=message):
-        check_tokens(tokens, 61)
-    assert check_tokens([0, 60], 61).dtype == np.int32
-    assert check_tokens([], 61).size == 0
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------

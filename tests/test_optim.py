@@ -25,7 +25,7 @@ from tinylm.weights import bind, pure
 
 CONFIG = ModelConfig(vocab=29, context=8, width=16, layers=2, heads=2, bias=True)
 GRAPH = pure(Transformer(CONFIG))[0]
-RECIPE = Recipe.of(TrainConfig(steps=1, clip=0.5, eps=1e-6))
+RECIPE = Recipe.of(TrainConfig(steps=1, optimizer="adamw", clip=0.5, eps=1e-6))
 
 
 def fresh(seed=0):
@@ -348,9 +348,9 @@ def test_not_finite_at_random_steps():
 
 def test_equal_recipes_share_the_compiled_step():
     again = pure(Transformer(CONFIG, rngs=9))[0]
-    assert compiled_update(again, Recipe.of(TrainConfig(budget=9.0, clip=0.5, eps=1e-6, learning_rate=1.0)), False) is (
-        compiled_update(GRAPH, RECIPE, False)
-    )
+    assert compiled_update(
+        again, Recipe.of(TrainConfig(budget=9.0, optimizer="adamw", clip=0.5, eps=1e-6, learning_rate=1.0)), False
+    ) is (compiled_update(GRAPH, RECIPE, False))
     update = compiled_update(GRAPH, RECIPE, False)
     before = update._cache_size()
     for i, speed in enumerate((0.1, 0.01)):

@@ -96,7 +96,7 @@ def test_dial_takes_settings():
         (lambda: preset(params="100K", vocab=32_000), "no shape with about 100,000 parameters at vocab = 32000"),
         (lambda: preset("1M", dropout=3), "dropout = 3.0: must be at least 0"),
         (lambda: preset(params="large"), "'large' is no size; write for example 300K or 3M"),
-        (lambda: preset("1.2.3M"), "'1.2.3M' is no size"),
+        (lambda: preset("1.2.3M"), "no preset '1.2.3M'"),
     ],
 )
 def test_wrong(call, message):

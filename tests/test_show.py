@@ -85,7 +85,7 @@ def trainer(**changes):
     )
     plain = {
         "losses": [4.0 / n for n in range(1, 41)], "step": 40, "steps": 80, "tokens_per_step": 64, "outcome": "running",
-        "history": [step(10), step(20, 1.5), step(30), step(40, 0.5)], "valid_bytes_per_token": 2.0, "elapsed": 9.0,
+        "history": [step(10), step(20, 1.5), step(30), step(40, 0.5)], "valid_bytes": 2.0, "elapsed": 9.0,
         "progress": 0.5, "batches": lambda n: None, "config": SimpleNamespace(objective="next_token"),
     }  # fmt: skip
     return SimpleNamespace(**{**plain, **changes})
@@ -257,12 +257,12 @@ def test_curves_convert_to_bits_and_count_tokens():
     assert c.raw == pytest.approx([4.0 / n / math.log(2) / 2 for n in range(1, 41)])
     assert c.valid_x.tolist() == [20 * 64, 40 * 64]
     assert c.valid.tolist() == [1.5, 0.5]
-    tokens = SimpleNamespace(bytes_per_token=4.0)
+    tokens = SimpleNamespace(bytes_per_prediction=4.0)
     assert show.curves(trainer(batches=SimpleNamespace(tokens=tokens))).raw[0] == pytest.approx(1 / math.log(2))
 
 
 def test_curves_stay_in_nats_where_bytes_are_unknown():
-    for unknown in ({"valid_bytes_per_token": None}, {"config": SimpleNamespace(objective="mlm")}):
+    for unknown in ({"valid_bytes": None}, {"config": SimpleNamespace(objective="mlm")}):
         c = show.curves(trainer(**unknown))
         assert c.unit == "nats per token"
         assert c.raw[0] == 4.0
@@ -273,7 +273,7 @@ def test_curves_stay_in_nats_where_bytes_are_unknown():
 
 def test_long_curves_are_thinned_without_bias():
     losses = (2 + np.sin(np.arange(50_000))).tolist()
-    c = show.curves(trainer(losses=losses, step=50_000, history=[], valid_bytes_per_token=None))
+    c = show.curves(trainer(losses=losses, step=50_000, history=[], valid_bytes=None))
     assert len(c.raw) < show.POINTS
     assert c.raw[-50:] == pytest.approx(2, abs=0.05)
     assert c.x[0] == 64

@@ -497,12 +497,14 @@ def survives(seed, count):
         os._exit(code)
 
 
+@pytest.mark.filterwarnings("ignore:.*fork")  # JAX, where loaded, warns; the child never touches it
 def test_mutated_files_never_crash():
     for seed in range(4):
         assert survives(seed, 100) == 0, f"seed {seed}"
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork")
 def test_3000_mutated_files_never_crash():
     for seed in range(100, 130):
         assert survives(seed, 100) == 0, f"seed {seed}"

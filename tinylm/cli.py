@@ -66,7 +66,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Config], title: str, 
         options: dict[str, Any] = {"type": scalar(kind), "metavar": "X"}
         if typing.get_origin(kind) is typing.Literal:
             options = {"choices": typing.get_args(kind)}
-        elif isinstance(kind, types.UnionType) and tuple in {typing.get_origin(k) for k in typing.get_args(kind)}:
+        elif tuple in {typing.get_origin(k) for k in typing.get_args(kind)}:  # one value, or one per layer in turn
             options = {"type": scalar(typing.get_args(kind)[0]), "nargs": "+", "metavar": "X"}
         if field.name == "budget":
             options = {"type": duration, "metavar": "TIME"}
@@ -77,7 +77,7 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Config], title: str, 
 
 def scalar(kind: Any) -> Callable[[str], Any]:
     """The function that reads one value of a field's type."""
-    if isinstance(kind, types.UnionType):
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
         kind = typing.get_args(kind)[0]
     return {int: amount, float: float, bool: yes_or_no}.get(kind, str)
 
@@ -129,7 +129,7 @@ def cmd_tokens(args: argparse.Namespace) -> None:
 def cmd_train(args: argparse.Namespace) -> None:
     """Train a model on text, on token shards, or on the embedded world."""
     from tinylm.model import Transformer
-    from tinylm.presets import preset
+    from tinylm.presets import preset, vocab_for
     from tinylm.training import train
 
     out = new_folder(args.out)
@@ -137,9 +137,10 @@ def cmd_train(args: argparse.Namespace) -> None:
     if not {"steps", "tokens", "budget"} & settings.keys():
         settings["budget"] = 20 * 60.0
     config = TrainConfig.from_dict(settings)
+    wish = {"vocab": vocab_for(args.preset), **chosen(args, ModelConfig)}
+    args.vocab = preset(args.preset, **wish).vocab  # what is wrong with the shape is said before hours of reading text
     corpus = prepare_corpus(args, out / "data", [args.text])
-    model_settings = {"vocab": corpus.tokenizer.vocab, **chosen(args, ModelConfig)}
-    shape = preset(args.preset, **model_settings)
+    shape = preset(args.preset, **{**wish, "vocab": corpus.tokenizer.vocab})
     model = Transformer(shape, rngs=config.seed, tokenizer=corpus.tokenizer)
     trainer = train(model, corpus.train, config, valid=corpus.valid, out=out)
     train_to_the_end(trainer, args)
@@ -241,7 +242,7 @@ def prepare_corpus(args: argparse.Namespace, folder: Path, sources: Sequence[str
         folder,
         valid=args.valid,
         tokenizer=args.tokenizer,
-        vocab=getattr(args, "vocab", 4096),
+        vocab=args.vocab,
         kind=args.kind_of_tokenizer,
         clean=not args.keep_duplicates,
         separator=args.separator,
@@ -331,6 +332,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--text", metavar="SOURCE", help="your own text instead of the embedded world: file, folder or hf:ID"
     )
+    separator_option(p)
     p.add_argument(
         "--preset", default=None, metavar="NAME", help="a size such as 300K or 1M, or a name of `tinylm sizes`"
     )

@@ -4,8 +4,6 @@ The names are the field's: `vocab, context, width, layers, heads, kv_heads, hidd
 layer to layer takes a tuple, repeated over the layers: `window=(0, 256)` alternates full and local attention.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import functools

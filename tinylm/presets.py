@@ -42,6 +42,8 @@ BERT = {
     "dropout": 0.1,
 }
 
+SIZE = re.compile(r"\d+(\.\d+)?[KkMm]")
+
 PRESETS: dict[str, dict[str, Any]] = {
     # llama2.c's ladder (github.com/karpathy/llama2.c, the tinyllamas table)
     "stories260K": {
@@ -86,7 +88,7 @@ def preset(name: str | None = None, *, params: str | int | None = None, **settin
     """
     if (name is None) == (params is None):
         raise ConfigError(f"preset: give a name or params, not {'both' if name else 'neither'}")
-    if name is not None and re.fullmatch(r"[\d.]+[KkMm]", name) and name not in PRESETS:
+    if name is not None and SIZE.fullmatch(name) and name not in PRESETS:
         name, params = None, name
     if params is not None:
         return dial(parse_size(params), settings)
@@ -99,6 +101,8 @@ def vocab_for(name: str) -> int:
     """How many token ids suit a preset: a published one's own, else few enough to leave parameters for the blocks."""
     if name in PRESETS:
         return PRESETS[name]["vocab"]
+    if not SIZE.fullmatch(name):
+        raise ConfigError(f"no preset {name!r}{suggest(name, [*PRESETS, '1M'])}")
     total = parse_size(name)
     return 512 if total < 150_000 else 1024 if total < 350_000 else 2048 if total < 1_500_000 else 4096
 

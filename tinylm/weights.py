@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import Array
 
 
 def initialize(model: nnx.Module, rngs: nnx.Rngs, std: float) -> None:
@@ -25,14 +24,12 @@ def initialize(model: nnx.Module, rngs: nnx.Rngs, std: float) -> None:
     1 / sqrt(inputs) with block outputs at zero, and normal(0.05).
     Each value depends on the seed and its own name alone, so a part added elsewhere changes nothing here.
     """
-    key = rngs.params()
-
-    def value(name: str, old: Array) -> Array:
-        if name.rpartition(".")[2] not in ("kernel", "table"):
-            return old  # norms and biases are made as they start
-        return std * jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), old.shape, old.dtype)
-
-    assign(model, {name: value(name, old) for name, old in named(model).items()})
+    key, values = rngs.params(), named(model)
+    for name, old in values.items():
+        if name.rpartition(".")[2] in ("kernel", "table"):  # norms and biases are made as they start
+            own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+            values[name] = std * jax.random.normal(own, old.shape, old.dtype)
+    assign(model, values)
 
 
 def dotted(path: tuple) -> str:
