@@ -132,6 +132,18 @@ def test_a_budget_ends_in_time_and_tokens_become_steps(tokens):
     assert train(fresh(), tokens, TrainConfig(tokens=1000, batch=4)).steps == 8
 
 
+def test_a_budget_always_ends_with_a_validation(tokens, shards):
+    """Whether time runs out before, in or after a step."""
+    valid = Tokens.open(shards, "valid")
+    for budget in (0.5, 0.501, 0.507, 0.513, 0.52):
+        trainer = train(fresh(), tokens, CONFIG.replace(steps=0, budget=budget, eval_batches=1), valid=valid)
+        for _ in trainer:
+            pass
+        last = trainer.history[-1]
+        assert (last.step, last.progress, trainer.outcome) == (trainer.step, 1.0, "done")
+        assert last.valid_loss is not None
+
+
 def test_run_jsonl_holds_every_logged_step(tokens, tokenizer, tmp_path):
     trainer = train(fresh(tokenizer), tokens, CONFIG.replace(steps=5, log_every=2), out=tmp_path / "run")
     for _ in trainer:

@@ -208,7 +208,7 @@ class Trainer:
         self.outcome, self.signal = "running", 0
         self.last_error: OSError | None = None
         self.watched: dict[str, Any] = {}
-        self._ask = False
+        self._ask, self._over = False, False
         self._clock: float | None = None
         self._flying: collections.deque[tuple[int, float, dict]] = collections.deque()
         self._rates: collections.deque[tuple[float, int]] = collections.deque()
@@ -246,10 +246,11 @@ class Trainer:
             TrainingDiverged: naming the step; model and run folder hold the state before it.
         """
         self.outcome, self.signal, self._ask, self._clock = "running", 0, False, time.perf_counter()
+        self._over = self.progress >= 1.0
         self.tracker.start({"model": self.model.config.to_dict(), "train": self.config.to_dict()})
         with Interrupt() as interrupt:
             try:
-                while self.progress < 1.0 and not (interrupt.asked or self._ask):
+                while not (self._over or interrupt.asked or self._ask):
                     self._launch()
                     due = self._due(interrupt)
                     # At most two steps are in flight, so an interrupt waits for no more; what is due needs all of them
@@ -274,12 +275,13 @@ class Trainer:
         self._flying.append((self.step, rate, figures))
 
     def _due(self, interrupt: Interrupt) -> bool:
-        """Whether the newest step is to be logged, validated or saved."""
+        """Whether the newest step is to be logged, validated or saved; here, and only here, it becomes the last one."""
         every = self.config.eval_every
+        self._over = self.progress >= 1.0
         return bool(
             self.step % self.config.log_every == 0
             or (every and self.step % every == 0)
-            or self.progress >= 1.0
+            or self._over
             or interrupt.asked
             or self._ask
             or self._save_is_due()
@@ -313,7 +315,9 @@ class Trainer:
     def _note(self, step: Step) -> Step:
         """Validate, log and save what is due at this step, which is the newest."""
         every = self.config.eval_every
-        if self.valid is not None and (step.progress >= 1.0 or (every and step.step % every == 0)):
+        if self._over:
+            step = step._replace(progress=1.0, eta=0.0)
+        if self.valid is not None and (self._over or (every and step.step % every == 0)):
             step = step._replace(**self.validate())
         self.history.append(step)
         record = {k: v for k, v in step._asdict().items() if v is not None and k not in ("eta", "progress")}
