@@ -8,7 +8,7 @@ so duplicates are removed and the held-out stories are split off anew. V1, V2 (G
 different data: name the one used. The whole set (2.1 million stories) is held in memory: 6 GB, estimated.
 """
 
-from own_text import finish, make, options
+from own_text import finish, make, options, reading_options
 
 HUB = "hf:roneneldan/TinyStories"
 
@@ -17,9 +17,9 @@ def main() -> None:
     """The command line."""
     parser = options(__doc__)
     parser.add_argument("--source", action="append", help=f"file, folder or hf:ID, may be repeated (default {HUB})")
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N stories")
+    reading_options(parser)
     args = parser.parse_args()
-    finish(make, args.source or [HUB], args, limit=args.limit)
+    finish(make, args.source or [HUB], args, separator=args.separator, limit=args.limit)
 
 
 if __name__ == "__main__":

@@ -204,9 +204,9 @@ def test_a_config_that_cannot_be_used(saved):
         (("a.txt", "b.txt"), FileNotFoundError, r"it holds a\.txt, b\.txt"),
         (("pytorch_model.bin",), ValueError, "pickle.*never does. Convert it to safetensors"),
         (("config.json", "pytorch_model.bin"), ValueError, "pickle"),
-        (("config.json", "model.safetensors"), ValueError, "another program's model: `tinylm convert"),
+        (("config.json", "model.safetensors"), ValueError, "another program's model, which this version does not read"),
         (("config.json", "model.safetensors", "training_args.bin"), ValueError, "another program's model"),
-        (("model.gguf",), ValueError, "tinylm convert"),
+        (("model.gguf",), ValueError, "another program's format"),
     ],
 )
 def test_folders_that_are_no_model(tmp_path, files, error, match):
@@ -221,7 +221,7 @@ def test_folders_that_are_no_model(tmp_path, files, error, match):
     [
         ("model.pt", ValueError, "pickle"),
         ("model.BIN", ValueError, "pickle"),
-        ("model.gguf", ValueError, "tinylm convert"),
+        ("model.gguf", ValueError, "another program's format"),
         ("model.safetensors", ValueError, "without its config"),
         ("step-00000005.safetensors", ValueError, "without its config"),
         ("notes.md", ValueError, r"unknown suffix '\.md'"),

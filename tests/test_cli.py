@@ -13,6 +13,7 @@ import pytest
 
 from tinylm import cli, corpus
 from tinylm.config import ModelConfig, Sampling, TrainConfig
+from tinylm.markup import plain
 from tinylm.world import World
 
 TINY = "--preset 50K --vocab 512 --context 64 --steps 6 --batch 2".split()  # noqa: SIM905
@@ -70,7 +71,7 @@ def test_generate(trained, capsys):
     assert status == 0
     assert out.startswith("One day")
     _, again, _ = run(*args, "--json", capsys=capsys)
-    assert cli.printable(json.loads(again)["text"]) + "\n" == out
+    assert plain(json.loads(again)["text"]) + "\n" == out
     _, other, _ = run(*args[:-1], "5", capsys=capsys)
     assert other != out
 
@@ -109,6 +110,27 @@ def test_the_world_is_a_source(tmp_path, capsys, monkeypatch):
     assert (status, json.loads(out)["outcome"]) == (0, "done")
 
 
+def test_a_failed_start_does_not_block_its_folder(text, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    args = ["tokens", text, "--out", tmp_path / "run" / "data", "--vocab", "512"]
+    assert run(*args, capsys=capsys)[0] == 0  # what an interrupted `train` leaves behind
+    assert run("train", "--text", text, "--out", tmp_path / "run", *TINY, capsys=capsys)[0] == 0
+
+
+def test_evaluate_on_the_world_knows_the_floor(trained, capsys):
+    status, out, _ = run("evaluate", trained, "--text", "world", "--limit", "5", "--json", capsys=capsys)
+    figures = json.loads(out)
+    assert status == 0
+    assert figures["excess"] == figures["bits_per_byte"] - figures["floor"] > 0
+
+
+def test_control_characters_do_not_reach_the_terminal(trained, capsys):
+    status, out, _ = run("generate", trained, "--prompt", "\x1b[31mred\u200d", "--tokens", "3", capsys=capsys)
+    assert status == 0
+    assert "\x1b" not in out
+    assert out.startswith("\u241b[31mred\u200d")
+
+
 def test_sizes(capsys):
     status, out, _ = run("sizes", "--json", capsys=capsys)
     assert status == 0
@@ -139,7 +161,16 @@ def test_help_reads_well(command, capsys):
         (["train", "--text", "nowhere.txt", "--out", "{new}"], 1, "no file or folder 'nowhere.txt'"),
         (["train", "--text", "{text}", "--out", "{new}", "--preset", "1MM"], 1, "no preset '1MM'"),
         (["train", "--text", "{text}", "--out", "{run}"], 1, "holds a run already"),
-        (["train", "--text", "{text}", "--out", "{text}"], 1, "not an empty folder"),
+        (["train", "--text", "{text}", "--out", "{text}"], 1, "is a file, and a run needs a folder"),
+        (
+            ["train", "--text", "{text}", "--out", "{new}", "--preset", "bert-tiny", "--steps", "2"],
+            1,
+            "needs a decoder",
+        ),
+        (["train", "--text", "{text}", "--out", "{new}", "--steps", "2", "--seed", "5000000000"], 1, "below 2^32"),
+        (["train", "--text", "{text}", "--out", " "], 1, "--out is empty"),
+        (["resume", "{text}"], 1, "is a file, not the folder of a run"),
+        (["resume", "{run}", "--steps", "5"], 1, "lies behind"),
         (["train", "--text", "{text}", "--out", "{new}", "--steps", "3", "--budget", "9"], 1, "exactly one of steps"),
         (["train", "--text", "{text}", "--out", "{new}", "--budget", "soon"], 2, "no length of time"),
         (["train", "--text", "{text}", "--out", "{new}", "--dropout", "1.5"], 1, "dropout = 1.5"),

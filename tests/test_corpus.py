@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tinylm import corpus
 from tinylm.config import ConfigError
 from tinylm.corpus import identity, opened, prepare
 from tinylm.shards import Tokens
+from tinylm.text import TextError
 from tinylm.tokenizer import Tokenizer
 from tinylm.world import World
 
@@ -92,6 +94,81 @@ def test_an_unfinished_folder_is_made_whole(source, tmp_path):
     assert prepare([source], tmp_path / "data", vocab=600).train.sha256 == made.train.sha256
 
 
+def test_options_that_a_folder_of_shards_cannot_take(source, tmp_path):
+    prepare([source], tmp_path / "d1", vocab=600)
+    for given in (
+        {"valid": source},
+        {"tokenizer": tmp_path / "d1"},
+        {"separator": "x"},
+        {"limit": 3},
+        {"first": 3},
+        {"kind": "bpe"},
+        {"vocab": 4096},
+        {"clean": False},
+        {"share": 0.1},
+    ):
+        with pytest.raises(ConfigError, match=rf"d1 holds token shards already: {next(iter(given))} cannot apply"):
+            prepare([tmp_path / "d1"], tmp_path / "d2", **given)
+    with pytest.raises(ConfigError, match="valid, limit cannot apply"):
+        prepare(tmp_path / "d1", tmp_path / "d2", valid=source, limit=3)
+
+
+def test_one_source_needs_no_list(source, tmp_path):
+    made = prepare([source], tmp_path / "data", vocab=600)
+    for one in (source, str(source)):
+        lines = []
+        assert prepare(one, tmp_path / "data", vocab=600, say=lines.append).about == made.about
+        assert lines == [f"{tmp_path / 'data'} is up to date"]
+
+
+def test_files_of_others_are_left_alone(source, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name in ("tokenizer.json", "train-1-notes.json", "thesis.txt", "z.txt"):
+        (folder / name).write_text("mine")
+    said = []
+    with pytest.raises(
+        ConfigError, match=r"mine holds other files \(thesis.txt, tokenizer.json, train-1-notes.json and 1"
+    ):
+        prepare([source], folder, vocab=600, say=said.append)
+    assert said == []
+    assert {p.read_text() for p in folder.iterdir()} == {"mine"}
+    with pytest.raises(ConfigError, match="is no folder"):
+        prepare([source], source)
+    (tmp_path / "half").mkdir()
+    for name in (".train-00000.bin.77", ".provenance.json.77", "train-00003.bin", "tokenizer.json"):
+        (tmp_path / "half" / name).write_text("unfinished")
+    assert prepare([source], tmp_path / "half", vocab=600).train.documents
+
+
+def test_a_folder_may_hold_its_own_shards(source, tmp_path):
+    source.with_name("notes.md").write_text("not read")
+    made = prepare([tmp_path], tmp_path / "data", vocab=600)
+    source.with_name("notes.md").write_text("still not read")
+    (tmp_path / "data" / "sample.txt").write_text("below the output")
+    lines = []
+    assert prepare([tmp_path], tmp_path / "data", vocab=600, say=lines.append).about == made.about
+    assert lines == [f"{tmp_path / 'data'} is up to date"]
+
+
+def test_no_stage_is_silent(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "EVERY", 0.0)
+    said = []
+    prepare([source], tmp_path / "data", vocab=600, say=said.append)
+    for line in (
+        "read 1 documents",
+        "looking for duplicates among 62",
+        "compared 61 of 62",
+        "searched",
+        "learning a bpe vocabulary of 600 from",
+        "counted the words of 1",
+        "train: 0 MB tokenized",
+    ):
+        assert any(s.startswith(line) for s in said), line
+    with pytest.raises(TextError, match="limit = -1"):
+        prepare("world", tmp_path / "world", limit=-1)
+
+
 def test_identity_is_of_the_content(tmp_path):
     a, b = tmp_path / "a.txt", tmp_path / "b.txt"
     a.write_text("x")
@@ -105,6 +182,18 @@ def test_identity_is_of_the_content(tmp_path):
     assert identity("hf:some/set") == "hf:some/set"
     with pytest.raises(FileNotFoundError, match="nowhere"):
         identity("nowhere")
+
+
+def test_scripts_take_a_separator(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    (tmp_path / "s.txt").write_text("\n\n".join(" ".join(t.split()) for t in STORIES))
+    for script, given in (("own_text", []), ("tinystories", ["--source"])):
+        args = [*given, str(tmp_path / "s.txt"), "--out", str(tmp_path / script), "--kind", "byte"]
+        monkeypatch.setattr(sys, "argv", [script, *args, "--separator", r"\n\n", "--limit", "50"])
+        runpy.run_path(str(SCRIPTS / f"{script}.py"), run_name="__main__")
+        made = opened(tmp_path / script)
+        assert made.train.documents + made.valid.documents == 50
+        assert made.about["wish"]["separator"] == "\n\n"
 
 
 @pytest.mark.parametrize("script", ["own_text", "tinystories", "wikipedia"])

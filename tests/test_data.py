@@ -85,7 +85,12 @@ def test_writing_again_replaces_and_splits_live_side_by_side(tmp_path, tokenizer
     first = write_tokens(DOCS, tokenizer, tmp_path, shard_tokens=100)
     write_tokens(DOCS[:3], tokenizer, tmp_path, split="valid")
     write_tokens(DOCS[:3], tokenizer, tmp_path, split="train-small")
+    notes = [tmp_path / "train-1-notes.json", tmp_path / "train-00001.json.bak", tmp_path / "train-000001.bin"]
+    for note in notes:
+        note.write_text("mine")
     again = write_tokens(DOCS[:10], tokenizer, tmp_path)
+    assert [note.read_text() for note in notes] == ["mine"] * 3
+    notes[2].unlink()
     assert len(list(tmp_path.glob("train-0*.bin"))) == 1
     assert again.sha256 != first.sha256
     assert write_tokens(DOCS[:10], tokenizer, tmp_path).sha256 == again.sha256
@@ -129,6 +134,8 @@ def test_write_errors(tmp_path, tokenizer):
     for split in ("", "../up", "a b"):
         with pytest.raises(DataError, match="letters, digits"):
             write_tokens(DOCS, tokenizer, tmp_path, split=split)
+    with pytest.raises(DataError, match="not one text"):
+        write_tokens("hello", tokenizer, tmp_path)
     raw = json.loads(tokenizer.to_json())
     raw["added_tokens"] = []
     with pytest.raises(DataError, match="neither an end nor a separator"):
@@ -411,7 +418,7 @@ def test_masking_is_80_10_10():
     for step in range(20):
         plain, batch = windows(step), masked(step)
         assert np.array_equal(batch.targets, plain.tokens)
-        assert (batch.segments == 1).all()
+        assert batch.segments is None, "a mask of all would be built from it"
         at = batch.weights == 1
         assert ((batch.weights == 0) | at).all()
         assert (batch.tokens[~at] == plain.tokens[~at]).all()
@@ -572,6 +579,8 @@ def test_own_text_script(tmp_path):
     (tmp_path / "v.jsonl").write_text(
         "\n".join(json.dumps({"text": f"Valid words {i} and {i * 91}"}) for i in range(5))
     )
+    wrong = script("own_text", tmp_path / "in", "--limit", -1, "--out", tmp_path / "out", fails=True)
+    assert wrong == "own_text.py: limit = -1: must be at least 0 or None\n"
     script("own_text", tmp_path / "in", "--valid", tmp_path / "v.jsonl", "--out", tmp_path / "out", "--kind", "byte")
     train, valid = (Tokens.open(tmp_path / "out", s) for s in ("train", "valid"))
     assert (train.documents, valid.documents, train.vocab) == (40, 5, 261)

@@ -1,6 +1,7 @@
 """Generation: the cached, compiled loop against a naive one, the filters against NumPy, and where texts end."""
 
 import functools
+import subprocess
 import sys
 
 import jax
@@ -16,7 +17,7 @@ from tinylm.config import ConfigError, ModelConfig, Sampling
 from tinylm.generation import GenerateError, Settings, filtered, generate, generate_tokens, pick, stream
 from tinylm.model import Transformer, shapes
 from tinylm.tokenizer import Tokenizer
-from tinylm.weights import assign, bind, pure
+from tinylm.weights import assign, bind, named, pure
 
 room = sys.modules[generate.__module__]  # `tinylm.generate` itself names the function
 BYTES = Tokenizer.train([], kind="byte")
@@ -53,7 +54,7 @@ def naive(model, prompts, tokens, sampling, seed=0):
             padded = np.zeros((1, context), np.int32)
             padded[0, : len(ids) - start] = ids[start:]
             logits = np.array(forward(model)(padded)[0, len(ids) - start - 1], np.float64)
-            used = np.unique(ids)
+            used = np.setdiff1d(ids, [model.tokenizer.end])
             factor = np.where(logits[used] > 0, 1 / sampling.repetition_penalty, sampling.repetition_penalty)
             logits[used] *= factor
             if sampling.temperature == 0:
@@ -100,6 +101,48 @@ def test_greedy_equals_the_naive_loop(name):
 def test_sampled_equals_the_naive_loop():
     model, options = made(), {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.02, "repetition_penalty": 1.2}
     assert ids_of(model, PROMPTS[:2], 40, 5, **options) == naive(model, PROMPTS[:2], 40, Sampling(**options), 5)
+
+
+def altered(vocab=BYTES.vocab, **values):
+    """The model, with more ids than its tokenizer or other weights."""
+    config = made().config.replace(vocab=vocab, head="untied", softcap=0.0)
+    model = Transformer(config, tokenizer=BYTES)
+    assign(model, {**random_params(shapes(config)), **values})
+    return model
+
+
+@pytest.mark.parametrize("temperature", [0.0, 5.0])
+@pytest.mark.parametrize("top_k", [0, 290])
+def test_ids_the_tokenizer_lacks_are_never_made(temperature, top_k):
+    kernel = np.zeros((16, 300), np.float32)
+    kernel[:, BYTES.vocab :] = np.random.default_rng(0).standard_normal((16, 300 - BYTES.vocab)) * 50
+    model = altered(300, **{"head.out.kernel": kernel})
+    options = {"temperature": temperature, "top_k": top_k, "repetition_penalty": 1.1}
+    made = ids_of(model, [[0, 70], [0, 75, 80]], 40, **options)
+    assert np.max(made) < BYTES.vocab
+    assert isinstance(generate(model, "a", tokens=40, **options), str)
+    bare = Transformer(model.config)
+    assign(bare, named(model))
+    assert np.max(ids_of(bare, [[0, 70]], 40, temperature=5.0)) >= BYTES.vocab  # no tokenizer, nothing to forbid
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["embed.table", "blocks.1.mlp.down.kernel"])
+def test_damaged_weights(name, value):
+    broken = np.full(shapes(altered().config)[name].shape, value, np.float32)
+    with pytest.raises(GenerateError, match=r"the model's logits are not finite: its weights are damaged or training"):
+        generate(altered(**{name: broken}), "One day", tokens=4)
+
+
+def test_the_end_token_is_not_punished():
+    """The prompt begins with it, so a penalty would keep every text from ending."""
+    kernel = np.zeros((16, BYTES.vocab), np.float32)
+    table = np.ones((BYTES.vocab, 16), np.float32)
+    kernel[:, BYTES.end], kernel[:, 70] = 2.0, 1.9
+    rest = {"embed.table": table, "norm.scale": np.ones(16, np.float32), "head.out.kernel": kernel}
+    still = {n: np.zeros(s.shape, np.float32) for n, s in shapes(altered().config).items() if n.startswith("blocks")}
+    model = altered(**still, **rest)
+    assert ids_of(model, [[BYTES.end, 80]], 2, temperature=0.0, repetition_penalty=2.0) == [[BYTES.end, BYTES.end]]
 
 
 def test_context_of_one():
@@ -329,6 +372,31 @@ def test_wrong_sampling(settings, message):
 def test_wrong_numbers(options, message):
     with pytest.raises(GenerateError, match=message):
         list(generate_tokens(made(), [[0]], **options))
+
+
+def test_wrong_types():
+    """In a process of its own: here, shape checking would speak first."""
+    program = """
+import tinylm
+tokenizer = tinylm.Tokenizer.train([], kind="byte")
+model = tinylm.Transformer(tinylm.ModelConfig(vocab=261, width=8, heads=1, layers=1), tokenizer=tokenizer)
+for prompt, options in [("x", {"seed": 1.5}), ("x", {"tokens": 2.5}), ("x", {"seed": True}), (None, {}), ([1, 2], {})]:
+    for call in (tinylm.generate, lambda *a, **k: list(tinylm.stream(*a, **k))):
+        try:
+            call(model, prompt, **options)
+        except Exception as error:
+            print(f"{type(error).__name__}: {error}")
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == [
+        *["GenerateError: seed = 1.5: must be a whole number from 0 to 2^32 - 1"] * 2,
+        *["GenerateError: tokens = 2.5: must be a whole number from 0 to 2^32 - 1"] * 2,
+        *["GenerateError: seed = True: must be a whole number from 0 to 2^32 - 1"] * 2,
+        "GenerateError: prompt = None: give a text, or a list of texts",
+        "GenerateError: prompt = None: give a text; `generate_tokens` goes on from token ids",
+        "GenerateError: prompt = 1: give a text; `generate_tokens` goes on from token ids",
+        "GenerateError: prompt = [1, 2]: give a text; `generate_tokens` goes on from token ids",
+    ]
 
 
 def test_wrong_models_and_prompts():

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from numpy_model import NumpyModel, random_params
 
+from tinylm import model as model_room
 from tinylm.config import ModelConfig, Sampling
 from tinylm.generation import generate_tokens
-from tinylm.model import Cache, Transformer, attend, attend_fused, dropout, shapes
+from tinylm.model import Cache, Scope, Transformer, attend, attend_fused, attention_kind, dropout, shapes, visible
 from tinylm.taps import untouched
 from tinylm.weights import assign, bind, named, pure
 
@@ -189,6 +190,70 @@ def test_fused_attention_equals_the_written_out(masked):
     near(attend_fused(q, k, v, mask, 0.3), np.asarray(slow), 1e-5)
 
 
+@pytest.mark.parametrize("window", [0, 1, 4])
+def test_causal_needs_no_mask(window):
+    """Values and gradients: what a kernel is told instead of a mask, and the mask itself."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.standard_normal((2, 9, h, 8)), jnp.float32) for h in (6, 2, 2))
+    mask = visible(Scope(np.zeros((1, 9), np.int32), None, None), 9, 9, True, window)
+    ways = [
+        lambda *x: attend_fused(*x, None, 0.3, causal=True, window=window),
+        lambda *x: attend_fused(*x, mask, 0.3),
+        lambda *x: attend(*x, mask, 0.3, untouched, lambda p: p),
+    ]
+    results = [jax.value_and_grad(lambda *x, way=way: jnp.sin(way(*x)).sum(), (0, 1, 2))(q, k, v) for way in ways]
+    for value, slopes in results[1:]:
+        assert abs(value - results[0][0]) < 1e-4
+        for ours, theirs in zip(slopes, results[0][1], strict=True):
+            near(ours, np.asarray(theirs), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "platform", "dtype", "width", "lengths", "masked"),
+    [
+        ("written", ("cpu", 0.0), jnp.float32, 64, (8, 8), False),
+        ("written", ("cpu", 0.0), jnp.bfloat16, 64, (8, 8), False),
+        ("cudnn", ("gpu", 9.0), jnp.bfloat16, 64, (8, 8), False),
+        ("cudnn", ("gpu", 8.0), jnp.float16, 128, (7, 7), False),
+        ("cudnn", ("gpu", 10.0), jnp.bfloat16, 256, (8, 64), True),
+        ("xla", ("gpu", 8.9), jnp.bfloat16, 136, (8, 8), False),
+        ("xla", ("gpu", 9.0), jnp.bfloat16, 264, (8, 8), False),
+        ("xla", ("gpu", 9.0), jnp.bfloat16, 36, (8, 8), False),
+        ("xla", ("gpu", 9.0), jnp.bfloat16, 64, (1, 64), True),
+        ("xla", ("gpu", 9.0), jnp.float32, 64, (8, 8), False),
+        ("xla", ("gpu", 7.5), jnp.bfloat16, 64, (8, 8), False),
+        ("xla", ("gpu", 0.0), jnp.bfloat16, 64, (8, 8), False),
+        ("xla", ("tpu", 0.0), jnp.bfloat16, 64, (8, 8), False),
+    ],
+)
+def test_attention_kind(kind, platform, dtype, width, lengths, masked):
+    assert attention_kind(platform, dtype, width, lengths, masked) == kind
+
+
+@pytest.mark.parametrize("name", ["llama", "windows", "bert", "encoder rope"])
+def test_what_a_kernel_is_given(name, monkeypatch):
+    """On a GPU: a mask only for a cache, segments, or a window to both sides; and the same logits."""
+    config, tokens, given = config_of(name), random_tokens(), []
+    monkeypatch.setattr(model_room, "device", lambda: ("gpu", 9.0))
+
+    def fused(q, k, v, mask, scale, by, causal, window):
+        given.append((by, mask is not None, causal, window))
+        return attend_fused(q, k, v, mask, scale, "xla", causal, window)
+
+    monkeypatch.setattr(model_room, "attend_fused", fused)
+    forward = jax.jit(lambda params, **kw: bind(graph_of(config), params)(tokens, **kw))
+    half = {n: x.astype(jnp.bfloat16) for n, x in params_of(config).items()}
+    near(forward(params_of(config)), np.asarray(run(config, tokens)), 2e-5)
+    jax.eval_shape(forward, half)
+    jax.eval_shape(functools.partial(forward, segments=tokens), half)
+    causal = config.kind == "decoder"
+    windows = [config.at("window", layer) for layer in range(config.layers)]
+    plain = [("xla", not causal and w > 0, causal, w) for w in windows]
+    # heads 8 wide and 17 tokens: cuDNN takes them, but not with a mask
+    kernel = [("xla" if masked else "cudnn", masked, causal, w) for _, masked, causal, w in plain]
+    assert given == plain + kernel + [("xla", True, False, w) for w in windows]
+
+
 def test_bfloat16_is_near_float32():
     config, tokens = config_of("llama"), random_tokens()
     half = {name: value.astype(jnp.bfloat16) for name, value in params_of(config).items()}
@@ -247,6 +312,19 @@ def test_wrong_calls():
     bert = Transformer(config_of("bert"))
     with pytest.raises(ValueError, match="an encoder cannot use a cache"):
         bert(tokens, cache=Cache.empty(bert.config, 1))
+    for shape in ((0, 4), (1, 0)):
+        with pytest.raises(ValueError, match="an empty batch"):
+            model(np.zeros(shape, np.int32))
+
+
+def test_cache_overflow():
+    model = Transformer(config_of("llama"))
+    _, full = model(np.zeros((1, 4), np.int32), cache=Cache.empty(model.config, 1, 4))
+    with pytest.raises(ValueError, match="2 more tokens do not fit a cache of 4 positions that holds 4"):
+        model(np.zeros((1, 2), np.int32), cache=full)
+    forward = jax.jit(lambda tokens: model(tokens, cache=Cache.empty(model.config, 1, 4)))
+    with pytest.raises(ValueError, match="5 more tokens do not fit a cache of 4 positions"):
+        forward(np.zeros((1, 5), np.int32))
 
 
 # --- dropout ----------------------------------------------------------------------------------------------------------

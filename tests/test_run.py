@@ -73,11 +73,11 @@ def test_a_new_run_needs_an_empty_folder(tmp_path):
     with pytest.raises(FileExistsError, match=r"empty folder, and it holds notes\.txt"):
         create(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
-    with pytest.raises(FileExistsError, match="this is a file"):
+    with pytest.raises(FileExistsError, match="is a file, and a run needs a folder"):
         create(tmp_path / "notes.txt")
     (tmp_path / "jupyter" / ".ipynb_checkpoints").mkdir(parents=True)
     create(tmp_path / "jupyter").close()
-    with pytest.raises(FileExistsError, match=r"holds a run already: resume it with Run\.open"):
+    with pytest.raises(FileExistsError, match="holds a run already: take another"):
         create(tmp_path / "jupyter")
 
 

@@ -114,6 +114,38 @@ def test_patch_of_another_shape():
         bind(GRAPH, PARAMS)(CLEAN, tap=patching({"blocks.0.resid": jnp.zeros(16)}))
 
 
+@pytest.mark.parametrize(
+    ("tap", "message"),
+    [
+        (recording({}, r"blocks\.\d+\.resd"), r"no site matches 'blocks\\.\\d+\\.resd'; did you mean 'blocks.1.resid'"),
+        (patching({"blocks.0.mpl": 0}), "no site 'blocks.0.mpl' to patch; did you mean 'blocks.0.mlp'"),
+        (compose(recording({}), patching({"blocks.7.resid": 0})), "no site 'blocks.7.resid' to patch; did you mean"),
+        (compose(compose(recording({}, "qqq"))), "no site matches 'qqq'; known: blocks.0.attn, blocks.0.attn.heads"),
+    ],
+    ids=["recording", "patching", "composed", "nested"],
+)
+def test_misspelt_sites(tap, message):
+    for forward in (lambda f: f(PARAMS), lambda f: jax.eval_shape(f, PARAMS)):
+        with pytest.raises(ValueError) as error:
+            forward(lambda params: bind(GRAPH, params)(CLEAN, tap=tap))
+        assert message in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["written", "xla"])
+def test_sites_offered_only_when_wanted_are_known(kind, monkeypatch):
+    """Nothing is missed where a pattern is meant, one site of several exists, or the tap is a plain function."""
+    monkeypatch.setattr(model_room, "attention_kind", lambda *_: kind)
+    pattern = jnp.full((2, 2, 9, 9), 1 / 9)
+    for tap in (
+        recording({}, r".*\.scores"),
+        recording({}, r"blocks\.(1|7)\.attn\.pattern"),
+        patching({"blocks.0.attn.pattern": pattern}),
+        compose(lambda site, x: x, compose(), patching({})),
+        within("left", recording({}, "right.*")),
+    ):
+        jax.eval_shape(lambda p, tap=tap: bind(GRAPH, p)(CLEAN, tap=tap), PARAMS)
+
+
 def test_gradient_through_a_tap():
     """d logits / d patch, against a finite difference along one direction."""
     _, seen = recorded(PARAMS, CLEAN)
@@ -141,6 +173,7 @@ def test_taps_vmap_over_patches():
 
 def test_only_a_tap_that_wants_the_pattern_gives_up_fused_attention(monkeypatch):
     calls = []
+    monkeypatch.setattr(model_room, "attention_kind", lambda *_: "xla")
     slow = model_room.attend
     monkeypatch.setattr(model_room, "attend", lambda *args: calls.append(1) or slow(*args))
     forward = lambda tap: jax.eval_shape(lambda p: bind(GRAPH, p)(CLEAN, tap=tap), PARAMS)  # noqa: E731

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import os
 import random
 import warnings
@@ -163,6 +164,12 @@ def test_what_is_no_document(tmp_path):
         documents(["a"], separator="")
     with pytest.raises(TextError, match="errors = 'loose'"):
         documents(["a"], errors="loose")
+    for wrong in (-1, True):
+        with pytest.raises(TextError, match=f"limit = {wrong}: must be at least 0 or None"):
+            documents(["a"], limit=wrong)
+    with pytest.raises(TextError, match=r"limit = 1.5: must be a whole number"):
+        documents(["a"], limit=1.5)
+    assert list(documents(["a"], limit=0)) == []
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(TextError, match="not a regular file"):
         list(documents(tmp_path / "pipe.txt"))
@@ -232,7 +239,46 @@ def test_hub_names(monkeypatch):
         list(documents("hf:"))
 
 
+def test_the_hub_is_quiet_while_it_is_read(monkeypatch, caplog):
+    datasets = pytest.importorskip("datasets")
+    from datasets.utils import are_progress_bars_disabled
+
+    hub = logging.getLogger("huggingface_hub.utils.probe")
+    before = hub.getEffectiveLevel(), are_progress_bars_disabled()
+    during = []
+
+    def load(name, *_, **__):
+        during.append((hub.getEffectiveLevel(), are_progress_bars_disabled()))
+        if name == "gone":
+            raise ConnectionError("offline")
+        return [{"text": "a"}, {"text": "b"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(TextError, match="offline"):
+        list(documents("hf:gone"))
+    assert (hub.getEffectiveLevel(), are_progress_bars_disabled()) == before
+    first, second = documents("hf:a"), documents("hf:b")
+    assert (next(first), next(second), list(first)) == ("a", "a", ["b"])
+    assert hub.getEffectiveLevel() == logging.ERROR, "the other stream goes on"
+    del second  # abandoned half way
+    assert (hub.getEffectiveLevel(), are_progress_bars_disabled()) == before
+    assert during == [(logging.ERROR, True)] * 3
+
+
 # ---- split and sample
+
+
+def test_one_text_is_no_list_of_documents():
+    for call in (
+        lambda: split("hello"),
+        lambda: deduplicate("hello"),
+        lambda: clean("hello", ["a"]),
+        lambda: clean(["a"], "hello"),
+        lambda: contamination("hello", ["a"]),
+        lambda: contamination(["a"], "hello"),
+    ):
+        with pytest.raises(TextError, match="give a list of documents, not one text"):
+            call()
 
 
 def test_split_never_moves_a_document():

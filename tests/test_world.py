@@ -390,6 +390,8 @@ def test_other_errors() -> None:
         World().classification("topic", 9)
     with pytest.raises(ValueError, match="at least 2 texts"):
         World().floor(1)
+    with pytest.raises(ValueError, match="cannot write text 1: .*character 0"):
+        World().floor([STORIES[0].text, "xx", "yy"])
     with pytest.raises(ValueError, match="at least 0"):
         World().story(0, seed=-1)
     for template in ("[a|b", "a]", "[a|a]"):

@@ -167,15 +167,17 @@ def _as_json(value: Any) -> Any:
 def _unknown(path: Path, names: list[str]) -> Exception:
     """Why `path`, with these files, is nothing that `load` can read, and what to do."""
     suffixes = {Path(name).suffix.lower() for name in names}
+    if any(name.endswith("-00000.json") for name in names):
+        return ValueError(f"{path} holds token shards, which a model learns from: load the folder of a run or a model")
     if suffixes & set(PICKLES) and ".safetensors" not in suffixes:
         return ValueError(
             f"{path} holds a pickle, and loading a pickle can run any code: tinylm never does. Convert it to "
             "safetensors where you trust it (safetensors.torch.save_file)"
         )
     if suffixes & set(CONVERTED):
-        return ValueError(f"{path} is another program's format: `tinylm convert {path} FOLDER` first")
+        return ValueError(f"{path} is another program's format, which this version does not read")
     if path.is_dir() and "config.json" in names:
-        return ValueError(f"{path} is another program's model: `tinylm convert {path} FOLDER` first; {contents(path)}")
+        return ValueError(f"{path} is another program's model, which this version does not read; {contents(path)}")
     if path.is_dir():
         return FileNotFoundError(f"{path} is neither a saved model nor a run: no config.json; {contents(path)}")
     return ValueError(f"{path} has the unknown suffix {path.suffix!r}: load takes the folder of a saved model or a run")

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import re
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tinylm.config import Config, ModelConfig, Sampling, TrainConfig
+from tinylm.config import Config, ConfigError, ModelConfig, Sampling, TrainConfig
 
 # --- options from dataclasses -----------------------------------------------------------------------------------------
 
@@ -130,7 +132,7 @@ def cmd_train(args: argparse.Namespace) -> None:
     """Train a model on text, on token shards, or on the embedded world."""
     from tinylm.model import Transformer
     from tinylm.presets import preset, vocab_for
-    from tinylm.training import train
+    from tinylm.training import require_fit, train
 
     out = new_folder(args.out)
     settings = chosen(args, TrainConfig)
@@ -138,7 +140,10 @@ def cmd_train(args: argparse.Namespace) -> None:
         settings["budget"] = 20 * 60.0
     config = TrainConfig.from_dict(settings)
     wish = {"vocab": vocab_for(args.preset), **chosen(args, ModelConfig)}
-    args.vocab = preset(args.preset, **wish).vocab  # what is wrong with the shape is said before hours of reading text
+    shape = preset(args.preset, **wish)
+    require_fit(config, shape)  # what cannot work is said before hours of reading text
+    if not (Path(args.text) / "provenance.json").is_file():
+        args.vocab = shape.vocab
     corpus = prepare_corpus(args, out / "data", [args.text])
     shape = preset(args.preset, **{**wish, "vocab": corpus.tokenizer.vocab})
     model = Transformer(shape, rngs=config.seed, tokenizer=corpus.tokenizer)
@@ -181,32 +186,44 @@ def cmd_evaluate(args: argparse.Namespace) -> None:
     """Bits per byte of a model on a text, with an interval over documents."""
     from tinylm.checkpoint import load
     from tinylm.evaluation import evaluate
+    from tinylm.story import HELD_OUT, HELD_STREAM
     from tinylm.text import documents
+    from tinylm.world import World
 
-    docs = documents(args.text, separator=args.separator, limit=args.limit)
-    found = evaluate(load(args.folder), docs, stride=args.stride)
-    low, high = found.ci95 or (float("nan"),) * 2
-    text = f"{found.bits_per_byte:.4f} bits per byte" + (
-        f" (95% interval {low:.4f} to {high:.4f})" if found.ci95 else ""
-    )
-    text += f"\n{found.nats_per_token:.4f} nats per token; {found.bytes:,} bytes, {found.tokens:,} tokens, "
-    report(args, found.to_dict(), text + f"{found.documents:,} documents")
+    model, floor = load(args.folder), None
+    if args.text == "world":
+        docs = list(World().texts(args.limit or HELD_OUT, seed=HELD_STREAM))
+        floor = World().floor(docs).bits_per_byte
+    else:
+        docs = documents(args.text, separator=args.separator, limit=args.limit)
+    found = evaluate(model, docs, stride=args.stride)
+    span = f"95% interval {found.ci95[0]:.4f} to {found.ci95[1]:.4f}" if found.ci95 else str(found.ci95_reason)
+    text = f"{found.bits_per_byte:.4f} bits per byte ({span})"
+    if floor is not None:
+        text += f"\n{found.bits_per_byte - floor:.4f} above the floor of {floor:.4f}"
+    size = f"{found.bytes:,} bytes, {found.tokens:,} tokens, {found.documents:,} document{'s' * (found.documents > 1)}"
+    figures = {**found.to_dict(), **({} if floor is None else {"floor": floor, "excess": found.bits_per_byte - floor})}
+    report(args, figures, f"{text}\n{found.nats_per_token:.4f} nats per token; {size}")
 
 
 def cmd_generate(args: argparse.Namespace) -> None:
     """Continue a text."""
     from tinylm.checkpoint import load
     from tinylm.generation import generate, stream
+    from tinylm.markup import plain
 
     model = load(args.folder)
     settings = {**chosen(args, Sampling), "tokens": args.tokens, "seed": args.seed, "stop": args.stop or ()}
     if args.json:
         print(json.dumps({"prompt": args.prompt, "text": generate(model, args.prompt, **settings)}, indent=2))
         return
-    print(args.prompt, end="", flush=True)
-    for piece in stream(model, args.prompt, **settings):
-        print(printable(piece), end="", flush=True)
-    print()
+    pieces = stream(model, args.prompt, **settings)
+    begun = next(pieces, "")  # what is wrong with the arguments shows here, before anything is printed
+    try:
+        for piece in itertools.chain([args.prompt, begun], pieces):
+            print(plain(piece), end="", flush=True)
+    finally:
+        print()
 
 
 def cmd_story(args: argparse.Namespace) -> None:
@@ -242,7 +259,7 @@ def prepare_corpus(args: argparse.Namespace, folder: Path, sources: Sequence[str
         folder,
         valid=args.valid,
         tokenizer=args.tokenizer,
-        vocab=args.vocab,
+        vocab=getattr(args, "vocab", None),
         kind=args.kind_of_tokenizer,
         clean=not args.keep_duplicates,
         separator=args.separator,
@@ -252,12 +269,12 @@ def prepare_corpus(args: argparse.Namespace, folder: Path, sources: Sequence[str
 
 def new_folder(path: str) -> Path:
     """A folder for a new run. Raises FileExistsError before anything is spent on it."""
-    folder = Path(path)
-    if (folder / "config.json").exists():
-        raise FileExistsError(f"{folder} holds a run already: take another --out, or `tinylm resume {folder}`")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty folder: take another --out")
-    return folder
+    from tinylm.run import require_free
+
+    if not path.strip():
+        raise ConfigError("--out is empty: name a folder")
+    require_free(Path(path))
+    return Path(path)
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
@@ -281,11 +298,6 @@ def si(number: float) -> str:
 def mb(size: float) -> str:
     """Bytes as MB."""
     return f"{size / 1e6:.2f} MB"
-
-
-def printable(text: str) -> str:
-    """Text a terminal cannot be steered by: control characters other than newline and tab are shown as escapes."""
-    return "".join(c if c in "\n\t" or c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # --- the parser -------------------------------------------------------------------------------------------------------
@@ -324,7 +336,7 @@ def build_parser() -> argparse.ArgumentParser:
         separator_option(p)
         p.add_argument("--valid", metavar="SOURCE", help="held-out text (default: 5%% of the documents, by hash)")
         p.add_argument("--tokenizer", metavar="FILE", help="use this tokenizer.json instead of training one")
-        p.add_argument("--kind-of-tokenizer", default="bpe", choices=["bpe", "wordpiece", "unigram", "byte"])
+        p.add_argument("--kind-of-tokenizer", choices=["bpe", "wordpiece", "unigram", "byte"], help="(default bpe)")
         p.add_argument("--keep-duplicates", action="store_true", help="do not remove equal and nearly equal documents")
 
     p = command("story", cmd_story, "tinylm story --budget 2m")
@@ -342,7 +354,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = command("tokens", cmd_tokens, "tinylm tokens stories.txt --out data/stories --vocab 4096")
     p.add_argument("files", nargs="+", metavar="SOURCE", help="text file, jsonl, parquet, folder, hf:ID, or world")
     p.add_argument("--out", required=True, metavar="DIR", help="folder for tokenizer and shards")
-    p.add_argument("--vocab", type=amount, default=4096, metavar="N", help="token ids to learn (default 4096)")
+    p.add_argument("--vocab", type=amount, metavar="N", help="token ids to learn (default 4096)")
     corpus_options(p)
 
     p = command("train", cmd_train, "tinylm train --text stories.txt --preset 1M --budget 20m --out runs/first")
@@ -364,7 +376,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = command("evaluate", cmd_evaluate, "tinylm evaluate runs/first --text valid.txt --json")
     p.add_argument("folder", metavar="DIR", help="folder of a run or of a saved model")
-    p.add_argument("--text", required=True, metavar="SOURCE", help="text to score: file, folder or hf:ID")
+    p.add_argument("--text", required=True, metavar="SOURCE", help="text to score: file, folder, hf:ID, or world")
     separator_option(p)
     p.add_argument("--limit", type=amount, metavar="N", help="only the first N documents")
     p.add_argument("--stride", type=amount, metavar="N", help="tokens between windows (default half the context)")
@@ -386,6 +398,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the `tinylm` command."""
     args = build_parser().parse_args(argv)
+    warnings.showwarning = lambda message, *_, **__: say(f"tinylm: {message}")
     try:
         args.run(args)
     except (ValueError, OSError, RuntimeError) as error:

@@ -289,6 +289,7 @@ class TrainConfig(Config):
         for field in ("batch", "accumulate", "log_every", "eval_batches", "keep"):
             self._require(getattr(self, field) >= 1, field, "must be at least 1")
         self._require(self.batch % self.accumulate == 0, "accumulate", f"must divide batch = {self.batch}")
+        self._require(self.seed < 2**32, "seed", "must be below 2^32")
         self._require(self.learning_rate > 0, "learning_rate", "must be above 0")
         self._require(self.eps > 0, "eps", "must be above 0")
         self._require(0 < self.mask_rate < 1, "mask_rate", "must be between 0 and 1")

@@ -10,13 +10,14 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tinylm.config import ConfigError
-from tinylm.reading import END
+from tinylm.reading import END, check_limit, files_of
 from tinylm.shards import Tokens, write_tokens
 from tinylm.text import clean as without_overlap
 from tinylm.text import deduplicate, documents, sample, split
@@ -25,6 +26,10 @@ from tinylm.world import World
 
 WORLD_BYTES = 16_000_000  # of the embedded world, where a source is "world" and nothing says how much
 LEARN_FROM = 20_000  # documents a tokenizer learns from: more changes nothing that shows
+VOCAB, SHARE = 4096, 0.05
+EVERY = 5.0  # seconds between two lines about slow work
+SHARD = re.compile(r"(train|valid)-\d{5}\.(json|bin)")
+UNFINISHED = re.compile(r"\.((train|valid)-\d{5}\.(json|bin)|(tokenizer|provenance)\.json)\.\d+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +58,15 @@ class Corpus:
 
 
 def prepare(
-    sources: Sequence[str | os.PathLike] | Iterable[str],
+    sources: str | os.PathLike | Sequence[str | os.PathLike],
     folder: str | os.PathLike,
     *,
     valid: str | os.PathLike | None = None,
     tokenizer: Tokenizer | str | os.PathLike | None = None,
-    vocab: int = 4096,
-    kind: Kind = "bpe",
+    vocab: int | None = None,
+    kind: Kind | None = None,
     clean: bool = True,
-    share: float = 0.05,
+    share: float = SHARE,
     separator: str | None = END,
     limit: int | None = None,
     first: int | None = None,
@@ -70,27 +75,37 @@ def prepare(
     """Read, clean, split, tokenize and write; or open what is there already.
 
     Args:
-        sources: what `text.documents` reads (files, folders, "hf:ID"), or "world"; a single folder of shards made here
-            is opened as it is.
+        sources: one or several that `text.documents` reads (files, folders, "hf:ID"), or "world"; a single folder of
+            shards made here is opened as it is, and takes no other option.
         folder: where the shards go.
         valid: source of the held-out documents; without it `share` of the documents, picked by their hash.
-        tokenizer: one to use, or its file; without it one of `kind` with `vocab` ids learns from the training text.
+        tokenizer: one to use, or its file; without it one of `kind` ("bpe") with `vocab` ids (4096) learns from the
+            training text.
         clean: remove equal and nearly equal documents, and held-out ones that occur in the training text.
         separator: stands between the documents of a text file; None keeps each file whole.
         limit: the first so many documents. first: only the first so many tokens of each.
-        say: gets a line at every stage.
+        say: gets a line at every stage, and every few seconds of a long one.
 
     Raises:
-        ConfigError: the folder holds other data. TextError, TokenizerError, DataError, FileNotFoundError.
+        ConfigError: the folder holds other data, or an option cannot apply. TextError, TokenizerError, DataError,
+            FileNotFoundError.
     """
-    sources, folder = list(sources), Path(folder)
+    sources, folder = [sources] if isinstance(sources, (str, os.PathLike)) else list(sources), Path(folder)
+    check_limit(limit)
     if len(sources) == 1 and (Path(sources[0]) / "provenance.json").is_file():
+        given = {"valid": valid, "tokenizer": tokenizer, "vocab": vocab, "kind": kind, "limit": limit, "first": first}
+        wrong = [name for name, value in given.items() if value is not None]
+        wrong += [name for name, differs in (("clean", not clean), ("share", share != SHARE)) if differs]
+        wrong += ["separator"] * (separator != END)
+        if wrong:
+            raise ConfigError(f"{sources[0]} holds token shards already: {', '.join(wrong)} cannot apply")
         return opened(Path(sources[0]))
+    vocab, kind = VOCAB if vocab is None else vocab, kind or "bpe"
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer.load(tokenizer)
     wish = {
-        "sources": [identity(s) for s in sources],
-        "valid": None if valid is None else identity(valid),
+        "sources": [identity(s, folder) for s in sources],
+        "valid": None if valid is None else identity(valid, folder),
         "tokenizer": tokenizer.sha256 if tokenizer else {"kind": kind, "vocab": vocab},
         "clean": clean,
         "share": share,
@@ -106,14 +121,17 @@ def prepare(
             )
         say(f"{folder} is up to date")
         return there
+    check_free(folder)
 
-    docs = [text for s in sources for text in read(s, separator, limit)][:limit]
-    held = None if valid is None else list(read(valid, separator, None))
+    docs = [text for s in sources for text in counted(read(s, separator, limit), "read", say)][:limit]
+    held = None if valid is None else list(counted(read(valid, separator, None), "read of the held-out text", say))
     size = sum(len(text.encode()) for text in docs)
     say(f"read {len(docs):,} documents, {size / 1e6:.1f} MB")
     about: dict[str, Any] = {"wish": wish, "documents_read": len(docs), "bytes_read": size}
     if clean and any(s != "world" for s in sources):
-        docs, duplicates = deduplicate(docs)
+        say(f"looking for duplicates among {len(docs):,} documents")
+        progress = now_and_then(say, f"compared {{:,.0f}} of {len(docs):,} documents", unit=1)
+        docs, duplicates = deduplicate(docs, progress=progress)
         about["duplicates"] = {"exact": duplicates.exact, "near": duplicates.near, "similarity": duplicates.threshold}
         say(f"removed {duplicates.exact:,} equal and {duplicates.near:,} nearly equal documents")
     if held is None:
@@ -124,14 +142,17 @@ def prepare(
             )
         docs, held = split(docs, valid=share)
     if clean and any(s != "world" for s in sources):
-        held, overlap = without_overlap(held, docs)
+        say(f"looking for {len(held):,} held-out documents in the training text")
+        held, overlap = without_overlap(held, counted(docs, "searched", say))
         about["contamination"] = {"exact": overlap.exact, "overlapping": overlap.overlapping, "ngram": overlap.ngram}
-        share = f"{len(overlap.flagged):,} of {overlap.documents:,} held-out documents"
-        say(f"removed {share} that occur in the training text")
+        leaked = f"{len(overlap.flagged):,} of {overlap.documents:,} held-out documents"
+        say(f"removed {leaked} that occur in the training text")
     if not docs:
         raise ConfigError("no document is left to train on; give more text, or a smaller held-out share")
     if tokenizer is None:
-        tokenizer = Tokenizer.train(sample(docs, LEARN_FROM), vocab=vocab, kind=kind)
+        some = sample(docs, LEARN_FROM)
+        say(f"learning a {kind} vocabulary of {vocab:,} from {len(some):,} documents")
+        tokenizer = Tokenizer.train(counted(some, "counted the words of", say), vocab=vocab, kind=kind)
         say(f"learned a vocabulary of {tokenizer.vocab:,}")
     found = tokenizer.round_trip(sample(docs, 1000))
     about["round_trip_failures"] = found.failures
@@ -139,7 +160,8 @@ def prepare(
     say(f"{found.bytes_per_token:.2f} bytes per token; {changed}")
     for name, part in (("train", docs), ("valid", held)):
         if part:
-            tokens = write_tokens(part, tokenizer, folder, split=name, first=first, progress=now_and_then(say, name))
+            progress = now_and_then(say, name + ": {:,.0f} MB tokenized")
+            tokens = write_tokens(part, tokenizer, folder, split=name, first=first, progress=progress)
             about[name] = {k: getattr(tokens, k) for k in ("documents", "bytes", "sha256")} | {"tokens": len(tokens)}
     tokenizer.save(folder / "tokenizer.json")
     # Last, and in one piece: a folder with provenance.json is whole.
@@ -149,17 +171,41 @@ def prepare(
     return opened(folder)
 
 
-def now_and_then(say: Callable[[str], None], name: str, every: float = 5.0) -> Callable[[int], None]:
-    """A progress callback that says how many bytes are done, every few seconds."""
+def check_free(folder: Path) -> None:
+    """Raise ConfigError when the folder holds what `prepare` did not write, so it can only finish its own work."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder; take another one for the tokens")
+    names = sorted(p.name for p in folder.iterdir()) if folder.exists() else []
+    if any(map(SHARD.fullmatch, names)):
+        names = [name for name in names if name != "tokenizer.json"]
+    foreign = [name for name in names if not SHARD.fullmatch(name) and not UNFINISHED.fullmatch(name)]
+    if foreign:
+        more = f" and {len(foreign) - 3} more" if len(foreign) > 3 else ""
+        raise ConfigError(f"{folder} holds other files ({', '.join(foreign[:3])}{more}); take an empty or new folder")
+
+
+def now_and_then(say: Callable[[str], None], line: str, unit: float = 1e6) -> Callable[[int], None]:
+    """A progress callback that says `line`, with what is done filled in (in megabytes), every few seconds."""
     last = time.monotonic()
 
     def progress(done: int) -> None:
         nonlocal last
-        if time.monotonic() - last >= every:
+        if time.monotonic() - last >= EVERY:
             last = time.monotonic()
-            say(f"{name}: {done / 1e6:,.0f} MB tokenized")
+            say(line.format(done / unit))
 
     return progress
+
+
+def counted(docs: Iterable[str], done: str, say: Callable[[str], None]) -> Iterator[str]:
+    """The documents as they come; every few seconds a line says how many have passed."""
+    last, size = time.monotonic(), 0
+    for count, text in enumerate(docs, 1):
+        size += len(text.encode())
+        if time.monotonic() - last >= EVERY:
+            last = time.monotonic()
+            say(f"{done} {count:,} documents, {size / 1e6:,.1f} MB so far")
+        yield text
 
 
 def opened(folder: Path, verify: bool = False) -> Corpus:
@@ -170,21 +216,30 @@ def opened(folder: Path, verify: bool = False) -> Corpus:
     return Corpus(folder, Tokenizer.load(folder / "tokenizer.json"), train, valid, about)
 
 
-def read(source: Any, separator: str | None, limit: int | None) -> Iterable[str]:
+def read(source: Any, separator: str | None, limit: int | None) -> Iterator[str]:
     """The documents of a source; "world" is the embedded one."""
-    if source == "world":
-        return World().corpus(WORLD_BYTES)
-    return documents(source, separator=separator, limit=limit)
+    if source != "world":
+        yield from documents(source, separator=separator, limit=limit)
+        return
+    texts, held = World().texts(), 0
+    while held < WORLD_BYTES:
+        text = next(texts)
+        held += len(text.encode())
+        yield text
 
 
-def identity(source: Any) -> str:
-    """What tells a source from another: the name of one that is far away, the hash of what lies here."""
+def identity(source: Any, out: Path | None = None) -> str:
+    """What tells a source from another: the name of one that is far away, the hash of what is read of one that lies
+    here; what is below `out`, the folder that is written, does not count."""
     if source == "world" or str(source).startswith("hf:"):
         return str(source)
     path, digest = Path(source), hashlib.sha256()
     if not path.exists():
         raise FileNotFoundError(f"no file or folder {str(source)!r}")
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+    files = [p for p in files_of(path) if p.is_file()] if path.is_dir() else [path]
+    if out is not None and path.resolve() in out.resolve().parents:
+        files = [p for p in files if not p.resolve().is_relative_to(out.resolve())]
+    for file in files:
         digest.update(f"{file.relative_to(path)}\0".encode())
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):

@@ -202,6 +202,7 @@ class Masked:
     A share `rate` of the positions is chosen; of those 80 % become `mask`, 10 % an id drawn from 0..vocab-1, 10 % stay.
     weights are 1 on the chosen positions, targets the original tokens at the same positions (no shift). Deterministic
     in (seed, step). Ids in `keep` and padding are never chosen; a batch never has no chosen position if one can be.
+    Positions and segments are the source's, None where it has none.
     """
 
     def __init__(
@@ -231,8 +232,8 @@ class Masked:
         key = int.from_bytes(hashlib.blake2b(f"mask:{self.seed}".encode(), digest_size=8).digest(), "little")
         rng = np.random.Generator(np.random.Philox(key=np.array([key, operator.index(step)], np.uint64)))
         free = ~self._kept[original]
-        segments = np.ones_like(original) if batch.segments is None else batch.segments
-        free &= segments > 0
+        if batch.segments is not None:
+            free &= batch.segments > 0
         chosen = (rng.random(original.shape, np.float32) < self.rate) & free
         if not chosen.any() and free.any():
             chosen.reshape(-1)[rng.choice(np.flatnonzero(free))] = True
@@ -242,7 +243,7 @@ class Masked:
         tokens.reshape(-1)[at[way < 0.8]] = self.mask
         drawn = at[(way >= 0.8) & (way < 0.9)]
         tokens.reshape(-1)[drawn] = rng.integers(0, self.vocab, len(drawn), np.int32)
-        return Batch(tokens, original, chosen.astype(np.float32), batch.positions, segments)
+        return Batch(tokens, original, chosen.astype(np.float32), batch.positions, batch.segments)
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides the batches, json-able."""

@@ -49,7 +49,7 @@ class Lock:
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 raise OSError(error.errno, f"cannot lock: {error.strerror}", str(path)) from error
             pid = holder.get("pid", "unknown")
-            itself = ", this very process: close that Run first," if pid == os.getpid() else ""
+            itself = ", this very process (close it with trainer.run.close())," if pid == os.getpid() else ""
             raise RunLocked(
                 f"{folder} is being written by process {pid}{itself} on host {holder.get('host', 'unknown')} "
                 f"since {holder.get('start', 'unknown')}"
@@ -80,6 +80,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_bytes())
+    except NotADirectoryError:
+        raise FileNotFoundError(f"{folder} is a file, not the folder of a run") from None
     except FileNotFoundError:
         raise FileNotFoundError(f"{folder} has no config.json; {contents(folder)}") from None
     except (ValueError, RecursionError) as error:

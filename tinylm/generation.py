@@ -104,20 +104,30 @@ def compiled(graph: Any) -> tuple[Callable, Callable]:
 
     def write(
         params: dict, text: Text, settings: Settings, seed: Array, first: Array, count: int
-    ) -> tuple[Text, Array]:
-        """`count` more tokens per row, (B count); `first` is the number of tokens made before."""
+    ) -> tuple[Text, Array, Array]:
+        """`count` more tokens per row, (B count); `first` is the number of tokens made before.
+
+        The last value says of each of them whether its logits were finite in all rows.
+        """
         model = bind(graph, params)
+        known = model.config.vocab if model.tokenizer is None else model.tokenizer.vocab
+        end = None if model.tokenizer is None else model.tokenizer.end
         rows = jnp.arange(len(text.logits))
         key = jax.random.key(seed)
 
-        def one(text: Text, number: Array) -> tuple[Text, Array]:
+        def one(text: Text, number: Array) -> tuple[Text, tuple[Array, Array]]:
             keys = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(key, row), number))(rows)
-            token = pick(text.logits, text.seen, settings, keys)
+            logits, seen, finite = text.logits, text.seen, jnp.isfinite(text.logits).all()
+            if known < logits.shape[-1]:  # ids that only pad the embedding have no text
+                logits = jnp.where(jnp.arange(logits.shape[-1]) < known, logits, -jnp.inf)
+            if end is not None:  # every prompt begins with it: a penalty would keep texts from ending
+                seen = seen.at[:, end].set(False)
+            token = pick(logits, seen, settings, keys)
             x, cache = model.trunk(token[:, None], cache=text.cache)
-            return Text(cache, model.unembed(x[:, 0]), text.seen.at[rows, token].set(True)), token
+            return Text(cache, model.unembed(x[:, 0]), text.seen.at[rows, token].set(True)), (token, finite)
 
-        text, tokens = jax.lax.scan(one, text, first + jnp.arange(count))
-        return text, tokens.T
+        text, (tokens, finite) = jax.lax.scan(one, text, first + jnp.arange(count))
+        return text, tokens.T, finite
 
     return jax.jit(read), jax.jit(write, static_argnames="count", donate_argnums=1)
 
@@ -142,16 +152,16 @@ def generate_tokens(
         chunk: tokens made per call of the compiled loop; more is a little faster, fewer streams more smoothly.
 
     Raises:
-        GenerateError: the model is an encoder, a prompt is empty, `tokens` is negative, `seed` is not in 0..2^32 - 1.
+        GenerateError: the model is an encoder or damaged, a prompt is empty, `tokens` is negative, `seed` is not in
+            0..2^32 - 1.
         ValueError: ids out of range.
     """
     config = model.config
     if config.kind != "decoder":
         raise GenerateError(f"this model is an {config.kind}: it fills gaps and cannot continue a text; load a decoder")
-    if tokens < 0 or chunk < 1:
-        raise GenerateError(f"tokens = {tokens}, chunk = {chunk}: give at least 0 and 1")
-    if not 0 <= seed < 2**32:
-        raise GenerateError(f"seed = {seed}: must be a whole number from 0 to 2^32 - 1")
+    for name, value, least in (("tokens", tokens, 0), ("chunk", chunk, 1), ("seed", seed, 0)):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or not least <= value < 2**32:
+            raise GenerateError(f"{name} = {value!r}: must be a whole number from {least} to 2^32 - 1")
     texts = []
     for row, prompt in enumerate(prompts):
         check_tokens(np.asarray(prompt, dtype=None if len(prompt) else np.int32), config.vocab, f"prompt {row}")
@@ -166,8 +176,10 @@ def generate_tokens(
     while made < tokens:
         if text is None or room < 1:
             text, room = start(texts, config.context, config.vocab, functools.partial(read, params))
-        text, new = write(params, text, settings, np.uint32(seed), np.int32(made), count=chunk)
+        text, new, finite = write(params, text, settings, np.uint32(seed), np.int32(made), count=chunk)
         new = np.asarray(new)[:, : min(room, tokens - made)]  # what overran a full cache is made again
+        if not np.asarray(finite)[: new.shape[1]].all():
+            raise GenerateError("the model's logits are not finite: its weights are damaged or training diverged")
         for row, ids in zip(texts, new.tolist(), strict=True):
             row.extend(ids)
         made, room = made + new.shape[1], room - chunk  # 0 or less: some row is full
@@ -265,6 +277,8 @@ def generate(
     """
     stop = (stop,) if isinstance(stop, str) else stop
     tokenizer = tokenizer_of(model)
+    if not isinstance(prompt, Sequence):
+        raise GenerateError(f"prompt = {prompt!r}: give a text, or a list of texts")
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
     if not prompts:
         return []
@@ -294,4 +308,6 @@ def tokenizer_of(model: Transformer) -> Any:
 
 def prompt_ids(tokenizer: Any, prompt: str) -> np.ndarray:
     """The end token, behind which every text of the training data began, then the prompt."""
+    if not isinstance(prompt, str):
+        raise GenerateError(f"prompt = {prompt!r}: give a text; `generate_tokens` goes on from token ids")
     return np.concatenate([[tokenizer.end], tokenizer.encode(prompt)]).astype(np.int32)

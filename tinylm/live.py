@@ -328,7 +328,8 @@ class TerminalView:
         self._next = -math.inf
 
     def open(self, trainer: Trainer) -> None:
-        self._write("compiling the first step")
+        if trainer.progress < 1.0:
+            self._write("compiling the first step")
 
     def draw(self, trainer: Trainer, step: Step | None, **extras: Any) -> None:
         if step is None or (not self.live and step.seconds < self._next):
@@ -350,7 +351,7 @@ class TerminalView:
         valid = next((s.valid_bits for s in reversed(trainer.history) if s.valid_bits is not None), None)
         said = "" if valid is None else f"  {valid:.3f} bits/byte" + ("" if floor is None else f" (floor {floor:.3f})")
         left = f"  {duration(step.eta)} to go" if step.progress < 1 else f"  {duration(step.seconds)}"
-        speed = f"  {step.tokens_per_second:,.0f} tokens/s"
+        speed = f"  {step.tokens_per_second:,.0f} tokens/s" if step.tokens_per_second else ""
         return f"{step.progress:4.0%}  step {step.step:,}  loss {step.loss:.3f}{said}{speed}{left}"
 
     def _write(self, line: str, progress: float | None = None) -> None:

@@ -45,6 +45,12 @@ def visible(text: object) -> str:
     return HIDDEN.sub(spelled, str(text))
 
 
+def plain(text: object) -> str:
+    """The text as a terminal may show it: `visible`, but for the joiners that emoji and Persian are written with."""
+    joiners = re.split("([\u200c\u200d])", str(text).replace("\r\n", "\n"))
+    return "".join(part if part in ("\u200c", "\u200d") else visible(part) for part in joiners)
+
+
 def esc(text: object) -> Markup:
     """Any text as inert HTML: what `visible` makes of it, with `& < > " '` as entities. Markup stays as it is."""
     return text if isinstance(text, Markup) else Markup(html.escape(visible(text), quote=True))

@@ -9,7 +9,7 @@ Tap sites are dotted attribute paths. A module's own path names its output; the 
     embed                               (B T D)      token embedding plus learned positions
     blocks.0.attn_norm                  (B T D)      what attention reads (pre-norm and parallel blocks)
     blocks.0.attn.q .k .v               (B T H|K E)  projections, before QK-norm and rotation
-    blocks.0.attn.scores .pattern       (B H T S)    before and after the softmax; asking gives up fused attention
+    blocks.0.attn.scores .pattern       (B H T S)    before and after the softmax; asking gives up any fused kernel
     blocks.0.attn.heads                 (B T H E)    weighted values per head, before the output matrix
     blocks.0.attn                       (B T D)      attention's contribution to the residual stream
     blocks.0.resid_mid                  (B T D)      stream between attention and MLP (not in parallel blocks)
@@ -24,6 +24,7 @@ Tap sites are dotted attribute paths. A module's own path names its output; the 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tinylm.config import ModelConfig
-from tinylm.taps import Tap, untouched, wants, within
+from tinylm.taps import Tap, check, recording, untouched, wants, watched, within
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import bind, initialize, named, pure
 
@@ -83,19 +84,17 @@ class RMSNorm(nnx.Module):
         return (z * self.scale[...]).astype(x.dtype)
 
 
-class LayerNorm(nnx.Module):
+class LayerNorm(RMSNorm):
     """(x - mean) / std * scale + bias over the last axis, in float32 (Ba et al. 2016)."""
 
     def __init__(self, width: int, eps: float):
-        self.scale = nnx.Param(jnp.ones(width))
+        super().__init__(width, eps)
         self.bias = nnx.Param(jnp.zeros(width))
-        self.eps = eps
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         z = x.astype(jnp.float32)
-        z = z - jnp.mean(z, axis=-1, keepdims=True)
-        z = z * jax.lax.rsqrt(jnp.mean(z * z, axis=-1, keepdims=True) + self.eps)
-        return (z * self.scale[...] + self.bias[...]).astype(x.dtype)
+        z = super().__call__(z - jnp.mean(z, axis=-1, keepdims=True))
+        return (z + self.bias[...]).astype(x.dtype)
 
 
 NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
@@ -167,21 +166,44 @@ def visible(scope: Scope, queries: int, keys: int, causal: bool, window: int) ->
 
 
 def attend(q, k, v, mask, scale, tap: Tap, drop: Callable[[Array], Array]) -> Float[Array, "B T H E"]:
-    """Attention written out: scores, softmax in float32, weighted values. The slow twin of `attend_fused`."""
+    """Attention written out, the fastest way on a CPU: query heads are grouped by the key head they share, so that both
+    products are plain batches of matrices, and the mask is added, which costs nothing backwards.
+    """
     b, t, h, e = q.shape
-    q = q.reshape(b, t, k.shape[2], -1, e)  # query heads grouped by the key head they share
-    scores = jnp.einsum("btkge,bske->bkgts", q, k, preferred_element_type=jnp.float32) * scale
+    q = q.transpose(0, 2, 1, 3).reshape(b, k.shape[2], -1, e)
+    scores = jnp.einsum("bkte,bske->bkts", q, k, preferred_element_type=jnp.float32) * scale
     scores = tap("scores", scores.reshape(b, h, t, -1))
     if mask is not None:
-        scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    pattern = drop(tap("pattern", jax.nn.softmax(scores, axis=-1)))
-    pattern = pattern.reshape(b, k.shape[2], -1, t, k.shape[1]).astype(v.dtype)
-    return jnp.einsum("bkgts,bske->btkge", pattern, v).reshape(b, t, h, e)
+        scores = scores + jnp.where(mask, 0.0, jnp.finfo(jnp.float32).min)
+    pattern = drop(tap("pattern", jax.nn.softmax(scores, axis=-1))).astype(v.dtype)
+    heads = jnp.einsum("bkts,bske->bkte", pattern.reshape(b, k.shape[2], -1, k.shape[1]), v)
+    return heads.reshape(b, h, t, e).transpose(0, 2, 1, 3)
 
 
-def attend_fused(q, k, v, mask, scale) -> Float[Array, "B T H E"]:
-    """The same by JAX's own fused attention."""
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
+def attend_fused(q, k, v, mask, scale, by="xla", causal=False, window=0) -> Float[Array, "B T H E"]:
+    """The same by JAX's function, on a GPU. `causal`, with `window`, stands for the mask that says so."""
+    more = {"is_causal": causal, "local_window_size": (window - 1, 0) if causal and window else None}
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation=by, **more)
+
+
+def attention_kind(device: tuple[str, float], dtype: Any, width: int, lengths: tuple[int, int], masked: bool) -> str:
+    """Which attention to use: "written" on a CPU; on a GPU "cudnn" (flash attention) where that can, else "xla".
+
+    cuDNN's conditions are those of JAX's `check_is_flash_attention`; `width` is a head's, `lengths` are T and S.
+    """
+    platform, capability = device
+    wide = width % 8 or width > (256 if capability >= 9 else 128)
+    odd = masked and any(length % 2 for length in lengths)
+    if capability >= 8 and jnp.dtype(dtype).itemsize == 2 and not wide and not odd:
+        return "cudnn"
+    return "written" if platform == "cpu" else "xla"
+
+
+def device() -> tuple[str, float]:
+    """Platform and CUDA compute capability (0: none) of the device that programs are made for."""
+    here = jax.config.jax_default_device or jax.devices()[0]
+    number = re.fullmatch(r"\d+\.\d+", str(getattr(here, "compute_capability", "")))
+    return getattr(here, "platform", here), float(number[0]) if number else 0.0
 
 
 class Attention(nnx.Module):
@@ -193,9 +215,9 @@ class Attention(nnx.Module):
         self.k = Linear(c.width, c.kv_heads * c.head_width, bias=bool(c.qkv_bias))
         self.v = Linear(c.width, c.kv_heads * c.head_width, bias=bool(c.qkv_bias))
         self.o = Linear(c.heads * c.head_width, c.width, bias=c.bias)
-        self.q_norm = RMSNorm(c.head_width, c.norm_eps) if c.qk_norm else None
-        self.k_norm = RMSNorm(c.head_width, c.norm_eps) if c.qk_norm else None
-        self.place, self.theta = rotate if c.at("positions", layer) == "rope" else unplaced, c.theta
+        self.q_norm = RMSNorm(c.head_width, c.norm_eps) if c.qk_norm else same
+        self.k_norm = RMSNorm(c.head_width, c.norm_eps) if c.qk_norm else same
+        self.place, self.theta = rotate if c.at("positions", layer) == "rope" else same, c.theta
         self.causal, self.window = c.kind == "decoder", c.at("window", layer)
         self.scale = c.attention_scale or c.head_width**-0.5
         self.head_width, self.dropout = c.head_width, c.dropout
@@ -204,25 +226,22 @@ class Attention(nnx.Module):
         """Returns the output (B T D) and the layer's keys and values, (B S K E) each."""
         split = lambda y: y.reshape(*y.shape[:2], -1, self.head_width)  # noqa: E731
         q, k, v = tap("q", split(self.q(x))), tap("k", split(self.k(x))), tap("v", split(self.v(x)))
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = self.q_norm(q), self.k_norm(k)
         q, k = self.place(q, scope.positions, self.theta), self.place(k, scope.positions, self.theta)
         if past is not None:
             k, v = write(past[0], k, scope.start), write(past[1], v, scope.start)
         mask = visible(scope, q.shape[1], k.shape[1], self.causal, self.window)
+        implied = self.causal and past is None and scope.segments is None  # `causal` says all that the mask does
+        masked = mask is not None and not implied
+        kind = attention_kind(device(), q.dtype, self.head_width, (q.shape[1], k.shape[1]), masked)
         dropping = key is not None and self.dropout > 0
-        if dropping or wants(tap, "pattern") or wants(tap, "scores"):
+        if kind == "written" or dropping or wants(tap, "pattern") or wants(tap, "scores"):
             drop = functools.partial(dropout, rate=self.dropout, key=key, salt=0)
             heads = attend(q, k, v, mask, self.scale, tap, drop)
         else:
-            heads = attend_fused(q, k, v, mask, self.scale)
+            heads = attend_fused(q, k, v, mask if masked else None, self.scale, kind, implied, self.window)
         heads = tap("heads", heads)
         return self.o(heads.reshape(*x.shape[:2], -1)), (k, v)
-
-
-def unplaced(x: Array, positions: Array, theta: float) -> Array:
-    """No positions inside attention ("learned" adds them to the embedding, "none" nowhere)."""
-    return x
 
 
 def write(room: Float[Array, "B S K E"], new: Float[Array, "B T K E"], start: Int[Array, " B"]) -> Array:
@@ -255,14 +274,12 @@ class MLP(nnx.Module):
         return self.down(tap("hidden", self.activation(self.up(x))))
 
 
-class GatedMLP(nnx.Module):
+class GatedMLP(MLP):
     """down(activation(gate(x)) * up(x)) (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig):
+        super().__init__(config)
         self.gate = Linear(config.width, config.hidden, bias=config.bias)
-        self.up = Linear(config.width, config.hidden, bias=config.bias)
-        self.down = Linear(config.hidden, config.width, bias=config.bias)
-        self.activation = ACTIVATIONS[config.mlp]
 
     def __call__(self, x: Float[Array, "B T D"], tap: Tap = untouched) -> Float[Array, "B T D"]:
         return self.down(tap("hidden", self.activation(self.gate(x)) * self.up(x)))
@@ -357,19 +374,14 @@ HEADS = {"tied": TiedHead, "untied": UntiedHead, "mlm": MLMHead}
 # configuration must have equal graphs, or every one of them would be compiled again.
 
 
-def same(x: Array) -> Array:
-    """No norm."""
+def same(x: Array, *unused: Any) -> Array:
+    """x as it is: no norm, no rotation, no cap."""
     return x
 
 
 def capped(logits: Array, cap: float) -> Array:
     """cap * tanh(logits / cap): keeps logits inside (-cap, cap) (Gemma 2)."""
     return cap * jnp.tanh(logits / cap)
-
-
-def uncapped(logits: Array, cap: float) -> Array:
-    """Logits as they are."""
-    return logits
 
 
 class Transformer(nnx.Module):
@@ -399,7 +411,7 @@ class Transformer(nnx.Module):
         self.blocks = nnx.List([BLOCKS[c.block](c, layer) for layer in range(c.layers)])
         self.norm = same if c.block == "post" else norm()  # a post-norm block ends in a norm of its own
         self.head = HEADS[c.head](c)
-        self.cap = capped if c.softcap else uncapped
+        self.cap = capped if c.softcap else same
         initialize(self, rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(rngs), c.init_std)
 
     def __call__(
@@ -423,22 +435,32 @@ class Transformer(nnx.Module):
             cache: `Cache.empty(...)`, or what an earlier call returned.
             tap: sees every site of the module's docstring.
             key: for dropout; None switches dropout off.
+
+        Raises:
+            ValueError: no rows, too many tokens for the context or the cache, or a tap meant for other sites.
         """
-        x, cache = self.trunk(
-            tokens, positions=positions, segments=segments, types=types, cache=cache, tap=tap, key=key
-        )
+        tap = watched(tap)
+        x, new = self.trunk(tokens, positions=positions, segments=segments, types=types, cache=cache, tap=tap, key=key)
         logits = self.unembed(x, tap)
-        return logits if cache is None else (logits, cache)
+        check(tap)
+        return logits if new is None else (logits, new)
 
     def trunk(self, tokens, *, positions=None, segments=None, types=None, cache=None, tap: Tap = untouched, key=None):
         """Everything before the head: normed features (B T D), and the cache or None."""
         t = tokens.shape[1]
+        if not tokens.size:
+            raise ValueError(f"an empty batch: tokens have shape {tokens.shape}")
         if cache is None and t > self.config.context:
             raise ValueError(f"{t} tokens do not fit a context of {self.config.context}")
         if cache is not None and segments is not None:
             raise ValueError("segments cannot be used with a cache: keys read earlier have no segment")
         if cache is not None and self.config.kind == "encoder":
             raise ValueError("an encoder cannot use a cache: every position also sees the later ones")
+        if cache is not None:
+            held = 0 if isinstance(cache.length, jax.core.Tracer) else int(np.max(cache.length))  # 0: not known yet
+            room = cache.keys[0].shape[1]
+            if held + t > room:
+                raise ValueError(f"{t} more tokens do not fit a cache of {room} positions that holds {held}")
         start = None if cache is None else cache.length
         if positions is None:
             positions = jnp.arange(t)[None] if start is None else start[:, None] + jnp.arange(t)[None]
@@ -471,12 +493,7 @@ def shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 
 def sites(model: Transformer) -> dict[str, tuple[int, ...]]:
     """Every tap site of this model with the shape it has for one row of two tokens; computes nothing."""
-    seen: dict[str, tuple[int, ...]] = {}
-
-    def tap(site: str, x: Array) -> Array:
-        seen[site] = x.shape
-        return x
-
     graph, params = pure(model)
-    jax.eval_shape(lambda p: bind(graph, p)(jnp.zeros((1, 2), jnp.int32), tap=tap), params)
-    return seen
+    seen: dict[str, Array] = {}
+    jax.eval_shape(lambda p: bind(graph, p)(jnp.zeros((1, 2), jnp.int32), tap=recording(seen)), params)
+    return {site: x.shape for site, x in seen.items()}

@@ -89,8 +89,8 @@ class MuonState(NamedTuple):
 def scale_by_muon(beta: float = 0.95) -> optax.GradientTransformation:
     """Muon's update for a tree of matrices, scaled to an Adam step's size: 0.2 sqrt(larger side) * orthogonalised.
 
-    optax has the same rule, one Newton-Schulz iteration per matrix; here matrices of one shape go through it stacked,
-    which for twelve small layers means four products where there were fifty. A test holds the two together.
+    optax has the same rule, which fails inside `optax.partition` and iterates matrix by matrix; here matrices of one
+    shape go through Newton-Schulz stacked. A test holds the two together.
     """
 
     def init(params: Any) -> MuonState:

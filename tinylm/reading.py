@@ -11,11 +11,14 @@ import gzip
 import io
 import itertools
 import json
+import logging
+import operator
 import os
 import re
+import threading
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,7 @@ def documents(
         raise TextError(f"errors = {errors!r}: must be strict, replace or ignore")
     if separator == "":
         raise TextError("separator = '': give None to keep each file whole")
+    check_limit(limit)
     if isinstance(source, bytes):
         raise TextError("documents takes a path or an iterable of str, got bytes")
     if isinstance(source, (str, os.PathLike)):
@@ -62,6 +66,21 @@ def documents(
     else:
         found = _given(source)
     return itertools.islice(_stripped(found, source), limit)
+
+
+def check_limit(limit: int | None) -> None:
+    """Raise TextError unless `limit` can be a number of documents, or is None."""
+    try:
+        fits = limit is None or (operator.index(limit) >= 0 and not isinstance(limit, bool))
+    except TypeError:
+        raise TextError(f"limit = {limit!r}: must be a whole number or None") from None
+    if not fits:
+        raise TextError(f"limit = {limit!r}: must be at least 0 or None")
+
+
+def files_of(folder: Path) -> list[Path]:
+    """What `documents` reads of a folder, in its order: names with a known ending, hidden ones left out."""
+    return sorted(p for p in folder.rglob("*") if p.name.lower().endswith(READABLE) and not p.name.startswith("."))
 
 
 def _stripped(found: Iterator[str], source: Any) -> Iterator[str]:
@@ -96,7 +115,7 @@ def _named(source: str, separator: str | None, errors: str, field: str) -> Itera
         raise FileNotFoundError(f"no file or folder {source[:200]!r}{looks}")
     files = [path]
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.name.lower().endswith(READABLE) and not p.name.startswith("."))
+        files = files_of(path)
         if not files:
             raise TextError(f"{path}: no {', '.join(READABLE)} in this folder")
     for file in files:
@@ -258,19 +277,61 @@ def _hub(source: str, field: str) -> Iterator[str]:
     name, _, config = name.partition("@")
     if not name:
         raise TextError(f"{source!r}: write hf:ID, hf:ID:SPLIT or hf:ID@CONFIG:SPLIT")
-    import datasets
+    with _Quiet():
+        import datasets
 
-    rows: Iterator[Any]
-    number = 0
-    try:
-        rows = iter(datasets.load_dataset(name, config or None, split=split, streaming=True))
-        row = next(rows, None)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise TextError(f"{source}: cannot be read ({error}); a local file of the same data works too") from None
-    while row is not None:
-        yield _field(row, field, f"{source}, row {number}")
-        number += 1
+        rows: Iterator[Any]
+        number = 0
         try:
+            rows = iter(datasets.load_dataset(name, config or None, split=split, streaming=True))
             row = next(rows, None)
         except (OSError, ValueError, RuntimeError) as error:
-            raise TextError(f"{source}: stopped after {number} rows ({error}); run again or use a local file") from None
+            raise TextError(f"{source}: cannot be read ({error}); a local file of the same data works too") from None
+        while row is not None:
+            yield _field(row, field, f"{source}, row {number}")
+            number += 1
+            try:
+                row = next(rows, None)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise TextError(
+                    f"{source}: stopped after {number} rows ({error}); run again or use a local file"
+                ) from None
+
+
+class _Quiet:
+    """The hub's warnings and the progress bars of `datasets` are off inside: what goes wrong is said once, by us.
+
+    Streams may overlap and end in any order: the last to end restores what the first found.
+    """
+
+    inside, level, bars = 0, logging.NOTSET, False
+    lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        from datasets.utils import are_progress_bars_disabled, disable_progress_bars
+
+        with _Quiet.lock:
+            _Quiet.inside += 1
+            if _Quiet.inside == 1:
+                logger = logging.getLogger("huggingface_hub")
+                _Quiet.level, _Quiet.bars = logger.level, not are_progress_bars_disabled()
+                logger.setLevel(logging.ERROR)
+                if _Quiet.bars:
+                    _unwarned(disable_progress_bars)
+
+    def __exit__(self, *failure: object) -> None:
+        from datasets.utils import enable_progress_bars
+
+        with _Quiet.lock:
+            _Quiet.inside -= 1
+            if not _Quiet.inside:
+                logging.getLogger("huggingface_hub").setLevel(_Quiet.level)
+                if _Quiet.bars:
+                    _unwarned(enable_progress_bars)
+
+
+def _unwarned(call: Callable[[], Any]) -> None:
+    """Call without the warning that an environment variable has the last word."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        call()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tinylm.checkpoint import Run, StateMismatch, load
+from tinylm.config import ConfigError
 from tinylm.shards import Tokens
 from tinylm.training import Batches, Step, Tracker, Trainer
 
@@ -30,23 +31,34 @@ def resume(
 
     Raises:
         FileNotFoundError: no run, or no checkpoint, or no data. StateMismatch: other data than before.
-        RunLocked: another process trains in this folder.
+        RunLocked: another process trains in this folder. ConfigError: an end that lies behind.
     """
+    if unknown := longer.keys() - {"steps", "tokens", "budget"}:
+        raise ConfigError(
+            f"resume: {', '.join(sorted(unknown))} cannot change in a run; only steps, tokens or budget can"
+        )
     run = Run.open(folder, write=True)
     try:
         step, tensors, metadata, notes = run.restore()
         for note in notes:
             warnings.warn(note, stacklevel=2)
-        if longer:
-            run.change(run.train.replace(**{"steps": 0, "tokens": 0, "budget": 0.0, **longer}))
+        config = run.train.replace(**{"steps": 0, "tokens": 0, "budget": 0.0, **longer}) if longer else run.train
         model = load(run.path(step))
         train_data = reopen(data, run.data.get("train"), run.folder, "data")
         valid_data = reopen(valid, run.data.get("valid"), run.folder, "valid", needed=False)
-        trainer = Trainer(model, train_data, run.train, valid=valid_data, run=run, tracker=tracker)
+        trainer = Trainer(model, train_data, config, valid=valid_data, run=run, tracker=tracker)
         trainer.adopt(tensors, metadata["seconds"])
+        if longer and trainer.progress >= 1.0:
+            end = ", ".join(f"{name}={value:g}" for name, value in longer.items())
+            raise ConfigError(
+                f"{run.folder} is at step {step}, after {trainer.seconds:.0f} s: {end} lies behind; give a later end"
+            )
+        # Nothing on disk changes before all of it has been found to fit.
         run.rewind(step)
-        fields = set(Step._fields)
-        old = ({k: v for k, v in record.items() if k in fields} for record in run.history())
+        if longer:
+            run.change(config)
+        known = set(Step._fields)
+        old = ({name: value for name, value in record.items() if name in known} for record in run.history())
         trainer.history = [Step(**{"eta": 0.0, "progress": 0.0, **record}) for record in old]
         trainer._saved_step = step
         return trainer

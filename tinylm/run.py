@@ -101,12 +101,11 @@ class Run:
             "tokenizer": tokenizer.sha256 if tokenizer else None,
             "versions": versions(),
         }
-        if folder.exists():
-            _require_free(folder)
+        require_free(folder)
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = Lock(folder)
         try:
-            _require_free(folder)  # again: another process may have made it a run before we had the lock
+            require_free(folder)  # again: another process may have made it a run before we had the lock
             clear_leftovers(folder)
             if tokenizer is not None:
                 write_bytes(folder / "tokenizer.json", tokenizer.to_json().encode())
@@ -362,17 +361,20 @@ class Run:
             raise RunLocked(f"{self.folder} is open for reading only: Run.open(folder, write=True)")
 
 
-def _require_free(folder: Path) -> None:
+def require_free(folder: Path) -> None:
+    """Raise FileExistsError unless a run can begin here: no such folder, an empty one, or what a failed start left."""
+    if not folder.exists():
+        return
     if not folder.is_dir():
-        raise FileExistsError(errno.EEXIST, "a run needs a folder, this is a file", str(folder))
+        raise FileExistsError(f"{folder} is a file, and a run needs a folder: take another `out`")
     names = {name for name in os.listdir(folder) if not LEFTOVER.fullmatch(name)} - INVISIBLE
     if "config.json" in names and is_run(read_config(folder)):
         raise FileExistsError(
-            errno.EEXIST, "holds a run already: resume it with Run.open, or take another", str(folder)
+            f"{folder} holds a run already: take another `out`, or go on with `tinylm resume {folder}`"
         )
     checkpoints = folder / "checkpoints"
     if names - OURS_BEFORE_CONFIG or (checkpoints.is_dir() and any(checkpoints.iterdir())):
-        raise FileExistsError(errno.EEXIST, f"a new run needs an empty folder, and {contents(folder)}", str(folder))
+        raise FileExistsError(f"{folder}: a new run needs an empty folder, and {contents(folder)}")
 
 
 def _signature(path: Path) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import operator
 import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,8 @@ def write_tokens(
 
     Raises DataError when there is no document, or the tokenizer has no end token.
     """
+    if isinstance(docs, str):
+        raise DataError("give a list of documents, not one text")
     end = tokenizer.sep if tokenizer.end is None else tokenizer.end
     if end is None:
         raise DataError(f"{tokenizer} has neither an end nor a separator token to put between documents")
@@ -158,7 +161,8 @@ class _Writer:
 
     def finish(self, shared: dict[str, Any]) -> None:
         self.close()
-        for old in [*self.folder.glob(f"{self.split}-[0-9]*.json"), *self.folder.glob(f"{self.split}-[0-9]*.bin")]:
+        ours = re.compile(rf"{re.escape(self.split)}-\d{{5}}\.(json|bin)")
+        for old in [p for p in self.folder.iterdir() if ours.fullmatch(p.name)]:
             old.unlink()
         for i in range(len(self.parts)):
             os.replace(self.partial(i), self.name(i, "bin"))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,20 @@ from tinylm.corpus import LEARN_FROM, WORLD_BYTES
 from tinylm.evaluation import baselines, evaluate
 from tinylm.generation import stream
 from tinylm.live import TerminalView, fit
-from tinylm.markup import visible
+from tinylm.markup import plain
 from tinylm.model import Transformer
 from tinylm.presets import count, preset, vocab_for
 from tinylm.reading import END
+from tinylm.run import require_free
 from tinylm.shards import write_tokens
 from tinylm.text import clean, deduplicate, documents, sample, split
 from tinylm.tokenizer import Tokenizer
 from tinylm.training import train
 from tinylm.world import World
 
-LEAST = 20.0  # seconds: below this nothing is learned before it is over
+LEAST = 20.0  # seconds: below this nothing is learned; it takes about a minute to beat the 5-grams
 HELD_OUT = 200  # documents that are scored
+HELD_STREAM = 2**40  # of the world; seeds of training text are below 2^32
 NAMES = {
     "gzip": "gzip -9",
     "xz": "xz -9e",
@@ -77,8 +80,9 @@ def story(
     if budget < LEAST:
         raise ConfigError(f"a budget of {budget:.0f} s is too short to learn anything; give at least {LEAST:.0f}s")
     folder = free_folder() if out is None else Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} holds something already; take another --out")
+    require_free(folder)
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed = {seed}: must be a whole number from 0 to 2^32 - 1")
     plan = recipe(budget)
     name, shape = (preset_name, {}) if preset_name else (plan["preset"], plan["shape"])
 
@@ -86,21 +90,24 @@ def story(
     if text is None:
         world = World()
         docs = world.corpus(min(WORLD_BYTES, int(50_000 * budget)), seed=seed)
-        held = list(world.texts(HELD_OUT, seed=seed + 1_000_003))
+        held = list(world.texts(HELD_OUT, seed=HELD_STREAM))
         floor = world.floor(held).bits_per_byte
         kind = f"{len(docs):,} stories of the embedded world; no model can beat {floor:.3f} bits per byte"
     else:
-        docs, report = deduplicate(documents(text, separator=separator))
+        docs, whole = read_some(documents(text, separator=separator), int(50_000 * budget))
+        docs, report = deduplicate(docs)
         docs, held = split(docs) if len(docs) > 1 else (docs, [])
         held, overlap = clean(held, docs)
-        held, floor = held[:HELD_OUT], None
+        held, _ = read_some(held[:HELD_OUT], int(2_000 * budget))
+        floor = None
         if len(held) < 2 or not docs:
             raise ConfigError(
                 f"{text} gives {len(docs)} training and {len(held)} held-out documents after cleaning, which is too "
                 r"few; give more text, or say what separates its documents (--separator '\n\n' for paragraphs)"
             )
         removed = report.exact + report.near + len(overlap.flagged)
-        kind = f"{len(docs):,} documents of {text}; {removed:,} duplicates and overlaps removed"
+        part = "" if whole else " (its beginning: there is no time for more)"
+        kind = f"{len(docs):,} documents of {text}{part}; {removed:,} duplicates and overlaps removed"
     size = sum(len(d.encode()) for d in docs)
     say(f"text       {size / 1e6:.1f} MB, {kind}")
 
@@ -121,6 +128,8 @@ def story(
     trainer = train(model, tokens, settings, valid=valid, out=folder)
     fit(trainer, floor=floor, view=TerminalView(sys.stderr), sample_every=0).run()
 
+    if trainer.signal not in (0, signal.SIGINT):  # a request to end; Ctrl-C only ends the training
+        raise SystemExit(128 + trainer.signal)
     found = evaluate(model, held)
     say(f"\nbits per byte of {found.documents} held-out documents, lower is better")
     table = {NAMES[key]: value for key, value in others.items()}
@@ -137,14 +146,14 @@ def story(
     told = []
     for piece in stream(model, "", tokens=400, temperature=0.7, min_p=0.05, seed=seed):
         told.append(piece)
-        tell(visible(piece))
-    last = trainer.history[-1]
+        tell(plain(piece))
+    seen, spent = trainer.step * trainer.tokens_per_step, trainer.seconds
     say(
-        f"\n\n{last.tokens:,} tokens in {last.seconds:.0f} s of training; everything is in {folder}\n"
+        f"\n\n{seen:,} tokens in {spent:.0f} s of training; everything is in {folder}\n"
         f"more stories    tinylm generate {folder} --temperature 0.7 --seed 1\n"
-        f"go on training  tinylm resume {folder} --budget {last.seconds + 300:.0f}s\n"
+        f"go on training  tinylm resume {folder} --budget {spent + 300:.0f}s\n"
         "your own text   tinylm story --text FILE\n"
-        "look inside     jupyter lab notebooks/01_train_a_storyteller.ipynb"
+        "look inside     pip install jupyterlab && jupyter lab notebooks/01_train_a_storyteller.ipynb"
     )
     return {
         "folder": str(folder),
@@ -155,13 +164,29 @@ def story(
         "baselines": others,
         "story": "".join(told),
         "parameters": count(config),
-        "tokens": last.tokens,
+        "tokens": seen,
         "seconds": time.perf_counter() - begun,
         "outcome": trainer.outcome,
     }
 
 
 def free_folder() -> Path:
-    """runs/story, or the first of runs/story-2, runs/story-3, ... that does not exist."""
-    names = itertools.chain(["story"], (f"story-{i}" for i in itertools.count(2)))
-    return next(path for name in names if not (path := Path("runs") / name).exists())
+    """runs/story, or the first of runs/story-2, runs/story-3, ... where a run can begin."""
+    for name in itertools.chain(["story"], (f"story-{i}" for i in itertools.count(2))):
+        try:
+            require_free(Path("runs") / name)
+        except FileExistsError:
+            continue
+        return Path("runs") / name
+    raise AssertionError("the numbers do not end")
+
+
+def read_some(docs: Iterable[str], size: int) -> tuple[list[str], bool]:
+    """The first documents, up to about `size` bytes but at least two, and whether that is all of them."""
+    some, held = [], 0
+    for text in docs:
+        if held >= size and len(some) > 1:
+            return some, False
+        some.append(text)
+        held += len(text.encode())
+    return some, True

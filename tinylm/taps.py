@@ -9,7 +9,10 @@ its way. It returns the value to go on with. Nothing is attached to the model, s
     model(other, tap=patching({"blocks.0.resid": seen["blocks.0.resid"]}))
 
 A tap that carries a method `wants(site) -> bool` is not asked about other sites; the model then keeps its fast paths
-(an attention pattern is computed explicitly only for a tap that wants it). A plain function is asked about all.
+(a GPU's attention kernel gives way only to a tap that wants the pattern). A plain function is asked about all.
+
+A tap that carries a method `missed(sites)` is told at the end of a forward pass which sites there were, and may raise:
+so `recording` and `patching` notice a misspelt site.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from jax import Array
+
+from tinylm.config import suggest
 
 Tap = Callable[[str, Array], Array]
 
@@ -57,10 +62,38 @@ def within(prefix: str, tap: Tap) -> Tap:
 
 
 @dataclasses.dataclass(frozen=True)
+class Watched:
+    """A tap whose model notes every site it offers. Made by `watched`."""
+
+    tap: Tap
+    sites: set[str]
+
+    def __call__(self, site: str, x: Array) -> Array:
+        self.sites.add(site)
+        return self.tap(site, x)
+
+    def wants(self, site: str) -> bool:
+        self.sites.add(site)
+        return wants(self.tap, site)
+
+
+def watched(tap: Tap) -> Tap:
+    """`tap`, for one forward pass of a whole model that ends in `check`."""
+    return tap if tap is untouched else Watched(tap, set())
+
+
+def check(tap: Tap) -> None:
+    """Tell a watched tap which sites the pass had. Raises ValueError when it meant others."""
+    if isinstance(tap, Watched) and hasattr(tap.tap, "missed"):
+        tap.tap.missed(tap.sites)
+
+
+@dataclasses.dataclass(frozen=True)
 class recording:
     """Tap that keeps the values of all sites whose whole name matches the regex `sites` in `store`.
 
-    Under `jax.jit` return `store` from the jitted function: it holds tracers until then.
+    Under `jax.jit` return `store` from the jitted function: it holds tracers until then. Raises ValueError at the end
+    of a forward pass without any such site.
     """
 
     store: MutableMapping[str, Any]
@@ -74,12 +107,18 @@ class recording:
     def wants(self, site: str) -> bool:
         return re.fullmatch(self.sites, site) is not None
 
+    def missed(self, sites: set[str]) -> None:
+        if not any(map(self.wants, sites)):
+            plain = self.sites.replace("\\", "")
+            raise ValueError(f"no site matches {self.sites!r}{suggest(plain, sorted(sites))}")
+
 
 @dataclasses.dataclass(frozen=True)
 class patching:
     """Tap that puts `values[site]` in the place of the value at each of its sites.
 
-    Raises ValueError when the shapes differ, since broadcasting would patch more than was meant.
+    Raises ValueError when the shapes differ, since broadcasting would patch more than was meant, and at the end of a
+    forward pass that lacks one of the sites.
     """
 
     values: dict[str, Any]
@@ -95,6 +134,11 @@ class patching:
     def wants(self, site: str) -> bool:
         return site in self.values
 
+    def missed(self, sites: set[str]) -> None:
+        for site in self.values:
+            if site not in sites:
+                raise ValueError(f"no site {site!r} to patch{suggest(site, sorted(sites))}")
+
 
 @dataclasses.dataclass(frozen=True)
 class _Composed:
@@ -108,6 +152,11 @@ class _Composed:
 
     def wants(self, site: str) -> bool:
         return any(wants(tap, site) for tap in self.taps)
+
+    def missed(self, sites: set[str]) -> None:
+        for tap in self.taps:
+            if hasattr(tap, "missed"):
+                tap.missed(sites)
 
 
 def compose(*taps: Tap) -> Tap:

@@ -7,8 +7,9 @@ import heapq
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,12 @@ __all__ = [
 ]
 
 
+def _several(*given: Iterable[str]) -> None:
+    """A text is an iterable of str too: its characters would pass for documents."""
+    if any(isinstance(docs, str) for docs in given):
+        raise TextError("give a list of documents, not one text")
+
+
 # ---- splitting and sampling by hash
 
 
@@ -47,6 +54,7 @@ def split(docs: Iterable[str], *, valid: float = 0.05, seed: int = 0) -> tuple[l
 
     Raises TextError when one side is left empty: with few documents give a file for validation, or another share.
     """
+    _several(docs)
     if not 0 < valid < 1:
         raise TextError(f"valid = {valid}: the share must be between 0 and 1")
     sides: tuple[list[str], list[str]] = ([], [])
@@ -112,15 +120,19 @@ def bands(near: float, hashes: int = HASHES) -> tuple[int, int, float]:
     return hashes // rows, rows, (1 - near**rows) ** (hashes // rows)
 
 
-def deduplicate(docs: Iterable[str], *, near: float | None = 0.8) -> tuple[list[str], DedupReport]:
+def deduplicate(
+    docs: Iterable[str], *, near: float | None = 0.8, progress: Callable[[int], Any] = lambda done: None
+) -> tuple[list[str], DedupReport]:
     """Keep the first of each group of equal or nearly equal documents.
 
     Equal: up to white space. Nearly equal: Jaccard similarity of the sets of 5-word shingles (lower case, punctuation
     dropped) of at least `near` with a document that was kept. Candidates come from MinHash with banding (Broder 1997;
     Leskovec et al., Mining of Massive Datasets, 3.4): 100 hashes, and at the default 0.8 20 bands of 5, which miss a
     pair at the threshold with probability (1 - 0.8^5)^20 = 0.04 % and fewer above it; each candidate is then compared
-    exactly, so nothing below the threshold is removed. near=None removes equal ones only.
+    exactly, so nothing below the threshold is removed. near=None removes equal ones only. `progress` is called with the
+    documents done so far.
     """
+    _several(docs)
     if near is not None and not 0 < near <= 1:
         raise TextError(f"near = {near}: a similarity above 0 and at most 1, or None")
     seen: set[bytes] = set()
@@ -136,7 +148,7 @@ def deduplicate(docs: Iterable[str], *, near: float | None = 0.8) -> tuple[list[
             unique.append(text)
         elif len(examples) < 3:
             examples.append((text[:100], text[:100]))
-    twins = {} if near is None else _twins(unique, near)
+    twins = {} if near is None else _twins(unique, near, progress)
     examples += [(unique[first][:100], unique[i][:100]) for i, first in list(twins.items())[: 5 - len(examples)]]
     kept = [text for i, text in enumerate(unique) if i not in twins]
     after = sum(len(text.encode()) for text in kept)
@@ -144,7 +156,7 @@ def deduplicate(docs: Iterable[str], *, near: float | None = 0.8) -> tuple[list[
     return kept, DedupReport(total, exact, len(twins), len(kept), before, after, near, tuple(examples))
 
 
-def _twins(texts: list[str], near: float) -> dict[int, int]:
+def _twins(texts: list[str], near: float, progress: Callable[[int], Any]) -> dict[int, int]:
     """Each text to remove -> the earlier, kept text that it nearly repeats.
 
     Only texts that share a band with another are looked at again, so beside the texts the memory is about 1 kB each.
@@ -153,9 +165,11 @@ def _twins(texts: list[str], near: float) -> dict[int, int]:
     ids: dict[str, int] = {}
     if not texts:
         return {}
-    keys = np.concatenate(
-        [_bands(texts[at : at + 1024], ids, count, rows) for at in range(0, len(texts), 1024)]
-    ).ravel()
+    found = []
+    for at in range(0, len(texts), 1024):
+        found.append(_bands(texts[at : at + 1024], ids, count, rows))
+        progress(min(at + 1024, len(texts)))
+    keys = np.concatenate(found).ravel()
     order = np.argsort(keys, kind="stable")
     keys = keys[order]
     same = keys[1:] == keys[:-1]
@@ -256,6 +270,7 @@ def contamination(
 
     Words are lower-cased and stripped of punctuation. A document of fewer than `ngram` words can only be exact.
     """
+    _several(train, valid)
     if ngram < 1 or not 0 < threshold <= 1:
         raise TextError(f"ngram = {ngram}, threshold = {threshold}: at least 1, and a share above 0")
     ids: dict[str, int] = {}
@@ -292,6 +307,7 @@ def clean(
     valid: Iterable[str], train: Iterable[str], *, ngram: int = 8, threshold: float = 0.5
 ) -> tuple[list[str], ContaminationReport]:
     """valid without the documents that `contamination` flags, and its report."""
+    _several(train, valid)
     valid = list(valid)
     report = contamination(train, valid, ngram=ngram, threshold=threshold)
     flagged = set(report.flagged)

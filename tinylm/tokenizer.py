@@ -117,7 +117,7 @@ class Tokenizer:
             values[role] = next((checked.specials[c] for c in candidates if c in checked.specials), None)
         for name, value in values.items():
             object.__setattr__(self, name, value)
-        self._rust.encode_special_tokens = True  # "<|endoftext|>" in the text is eleven characters like any others
+        self._rust.encode_special_tokens = True  # "<|endoftext|>" in the text is thirteen characters like any others
         self._prove(checked)
 
     def _prove(self, checked: Checked) -> None:

@@ -30,7 +30,7 @@ import numpy as np
 from tinylm import optim
 from tinylm.checkpoint import Run, require_match
 from tinylm.config import ConfigError, ModelConfig, TrainConfig
-from tinylm.data import Batch, Masked, Tokens, Windows
+from tinylm.data import Batch, DataError, Masked, Tokens, Windows
 from tinylm.model import Transformer
 from tinylm.step import State, compiled_loss, compiled_update
 from tinylm.tokenizer import Tokenizer
@@ -49,7 +49,8 @@ class Step(NamedTuple):
     Attributes:
         step: optimiser steps done, this one included.
         loss: mean cross-entropy of this step's batch, nats per predicted token.
-        tokens: predicted tokens so far. seconds: training time so far, earlier sittings included.
+        tokens: positions trained on so far (batch x length x steps).
+        seconds: training time so far, earlier sittings included.
         tokens_per_second: over about the last ten seconds.
         learning_rate, grad_norm: of this step, before clipping.
         progress: share of the run that is done. eta: seconds to go.
@@ -101,6 +102,19 @@ class NoTracker:
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
+def require_fit(config: TrainConfig, model: ModelConfig) -> None:
+    """Raise ConfigError unless this model can be trained so."""
+    if config.length > model.context:
+        raise ConfigError(f"TrainConfig.length = {config.length} is longer than the model's context of {model.context}")
+    wanted = {"mlm": "an encoder", "next_token": "a decoder"}
+    if wanted[config.objective].split()[1] != model.kind:
+        other = next(name for name, kind in wanted.items() if kind.split()[1] == model.kind)
+        raise ConfigError(
+            f'objective "{config.objective}" needs {wanted[config.objective]}, and this model is {wanted[other]}: '
+            f'take objective "{other}", or another model'
+        )
+
+
 def batches_of(tokens: Tokens, config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer | None) -> Batches:
     """The batches that `config.objective` asks for, over `tokens`.
 
@@ -111,16 +125,12 @@ def batches_of(tokens: Tokens, config: TrainConfig, model: ModelConfig, tokenize
         raise ConfigError(
             f"the data uses {tokens.vocab} token ids, the model knows {model.vocab}; set vocab={tokens.vocab}"
         )
-    if tokenizer is not None and tokens.tokenizer_sha256 not in (None, tokenizer.sha256):
+    if tokenizer is not None and tokens.tokenizer_sha256 not in ("", tokenizer.sha256):  # "" is not known
         raise ConfigError(
             "the data was made with another tokenizer than the model's; make the tokens again with this one"
         )
+    require_fit(config, model)
     length = config.length or model.context
-    if length > model.context:
-        raise ConfigError(f"TrainConfig.length = {length} is longer than the model's context of {model.context}")
-    wanted = "encoder" if config.objective == "mlm" else "decoder"
-    if model.kind != wanted:
-        raise ConfigError(f'objective "{config.objective}" needs a {wanted}, this model is a {model.kind}')
     windows = Windows(tokens, batch=config.batch, length=length, seed=config.seed, documents=config.documents)
     if config.objective == "next_token":
         return windows
@@ -193,9 +203,13 @@ class Trainer:
         tie = functools.partial(batches_of, model=model.config, tokenizer=model.tokenizer)
         self.batches = tie(data, config) if isinstance(data, Tokens) else data
         self.valid_bytes = valid.bytes_per_prediction if isinstance(valid, Tokens) else None
-        self.valid = tie(valid, config.replace(seed=0)) if isinstance(valid, Tokens) else valid
-        self.length = config.length or model.config.context
-        self.tokens_per_step = config.batch * self.length
+        try:
+            self.valid = tie(valid, config.replace(seed=0)) if isinstance(valid, Tokens) else valid
+        except (DataError, ConfigError) as error:
+            raise type(error)(f"the held-out text: {error}") from None
+        # A batch source of one's own may make other batches than the config says.
+        length = getattr(self.batches, "length", config.length or model.config.context)
+        self.tokens_per_step = getattr(self.batches, "batch", config.batch) * length
         self.steps = config.steps or -(-config.tokens // self.tokens_per_step)  # 0: the clock decides
         self.graph, params = pure(model)
         self.recipe = optim.Recipe.of(config)
@@ -336,8 +350,9 @@ class Trainer:
         indices = getattr(self.batches, "indices", None)
         where = "" if indices is None else f" on windows {', '.join(map(str, indices(number - 1)[:8]))}, ..."
         raise TrainingDiverged(
-            f"step {number}{where}: loss {figures['loss']}, gradient norm {figures['grad_norm']}. The model holds the "
-            f"weights of step {self.step}; try a lower learning_rate (now {self.config.learning_rate}) or more warmup"
+            f"step {number}{where}: loss {figures['loss']:.4g}, gradient norm {figures['grad_norm']:.4g}. The model "
+            f"holds the weights of step {self.step}; try a lower learning_rate (now {self.config.learning_rate:g}) or "
+            "more warmup"
         )
 
     def _finish(self) -> None:
@@ -351,9 +366,13 @@ class Trainer:
                     self._note(step)
         self.seconds, self._clock = self.elapsed, None
         self.sync()
-        if self.run is not None and self._saved_step != self.step:
-            self.save()
-        self.tracker.finish(self.outcome)
+        try:
+            if self.run is not None and self._saved_step != self.step:
+                self.save()
+            if self.run is not None and self.outcome == "done":
+                self.run.close()  # so that it can be resumed from this very process
+        finally:
+            self.tracker.finish(self.outcome)
 
     # - state -
 
@@ -386,7 +405,7 @@ class Trainer:
         names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
         state = jax.tree_util.tree_unflatten(shape, [jnp.array(tensors[name]) for name in names])
         self.state = State(**state, halted=jnp.bool_(False))
-        self.step, self.seconds = int(tensors["step"]), seconds
+        self.step, self.seconds, self._saved_at, self._saved_step = int(tensors["step"]), seconds, seconds, -1
         self.sync()
 
     def save(self) -> Path:

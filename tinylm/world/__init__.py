@@ -234,11 +234,16 @@ class World(Config):
         return {value: math.fsum(parts) for value, parts in masses.items()}
 
     def floor(self, stories: int | Sequence[str] = 1000, seed: int = 0) -> Floor:
-        """Bits per byte that no model can beat on average, from the exact probabilities of n texts, or of these."""
+        """Bits per byte that no model can beat on average, from the exact probabilities of n texts, or of these.
+
+        Raises ValueError for fewer than 2 texts, and for one that the world cannot write, with the reason.
+        """
         texts = list(self.texts(stories, seed)) if isinstance(stories, int) else list(stories)
         if len(texts) < 2:
             raise ValueError(f"a floor needs at least 2 texts, got {len(texts)}")
         bits = np.array([-self.logprob(text) / math.log(2) for text in texts])
+        for i in np.flatnonzero(np.isinf(bits))[:1].tolist():
+            raise ValueError(f"the world cannot write text {i}: {self.explain(texts[i])}")
         size = np.array([len(text.encode()) for text in texts], float)
         ratio = bits.sum() / size.sum()
         n = len(texts)
