@@ -463,13 +463,14 @@ class Kernel:
                 break
         else:
             raise TimeoutError(code)
+        took = None if done is None else time.monotonic() - done
         # A second Interrupt that comes just after the cell is done makes the kernel itself drop its reply; what matters
         # is the state, which is asked for next.
         with contextlib.suppress(queue.Empty):
-            self.client.get_shell_msg(timeout=5)
+            self.client.get_shell_msg(timeout=2)
         text = "".join(m["content"]["text"] for m in found if m["msg_type"] == "stream")
         errors = [m["content"]["evalue"] for m in found if m["msg_type"] == "error"]
-        return text, errors, None if done is None else time.monotonic() - done, found
+        return text, errors, took, found
 
     def interrupt(self, button=None):
         self.manager.interrupt_kernel()
