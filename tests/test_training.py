@@ -274,27 +274,30 @@ from tinylm.training import train
 from tinylm.checkpoint import Run
 from tinylm.shards import Tokens
 import test_training as t
-folder, shards = sys.argv[1:]
+folder, shards, steps = sys.argv[1:]
 tokens = Tokens.open(shards, "train")
 if os.path.exists(folder + "/config.json") and Run.open(folder).steps():
     trainer = resume(folder)
 else:
     import shutil
     shutil.rmtree(folder, ignore_errors=True)
-    trainer = train(t.fresh(), tokens, t.CONFIG.replace(steps=400, save_every=0.001), out=folder)
+    trainer = train(t.fresh(), tokens, t.CONFIG.replace(steps=int(steps), save_every=0.001), out=folder)
 trainer._save_is_due = lambda: trainer.step % 10 == 0
 for step in trainer:
     print(step.step, flush=True)
 """
 
 
-def child(folder: Path, shards: Path) -> subprocess.Popen:
+def child(folder: Path, shards: Path, steps: int) -> subprocess.Popen:
     path = os.pathsep.join(
         [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     )
     env = {**os.environ, "PYTHONPATH": path}
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(folder), str(shards)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env
+        [sys.executable, "-c", CHILD, str(folder), str(shards), str(steps)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=env,
     )
 
 
@@ -304,12 +307,13 @@ def logged(folder: Path) -> list[tuple[int, float]]:
 
 @pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.slow)])
 def test_kill_9_loses_at_most_an_interval_and_changes_nothing(kills, shards, tmp_path):
-    whole = child(tmp_path / "whole", shards)
+    steps = 100 + 100 * kills  # a sitting does about sixty
+    whole = child(tmp_path / "whole", shards, steps)
     _, err = whole.communicate(timeout=300)
     assert whole.returncode == 0, err.decode()
     rng, killed = random.Random(7), 0
     for _ in range(kills + 20):
-        process = child(tmp_path / "killed", shards)
+        process = child(tmp_path / "killed", shards, steps)
         assert process.stdout is not None
         seen = int(process.stdout.readline() or 0)
         if killed < kills:
