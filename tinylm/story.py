@@ -86,7 +86,6 @@ def story(
     plan = recipe(budget)
     name, shape = (preset_name, {}) if preset_name else (plan["preset"], plan["shape"])
 
-    world = None
     if text is None:
         world = World()
         docs = world.corpus(min(WORLD_BYTES, int(50_000 * budget)), seed=seed)

@@ -16,6 +16,7 @@ A name declared with `let(thing=TOYS)` is drawn when it is first spoken, so that
 
 from __future__ import annotations
 
+import abc
 import math
 import random
 from bisect import bisect_right
@@ -207,7 +208,7 @@ class Said(NamedTuple):
 
 # Tellers are called a million times a second; types checked at every call, as in the tests, would cost 100 times more.
 @no_type_check
-class Teller:
+class Teller(abc.ABC):
     """What a program is given: `draw` and `emit` from the handler, and on top of them words, names and sentences.
 
     Attributes:
@@ -228,10 +229,10 @@ class Teller:
         self.out: list[str] = []
         self.emit: Callable[[str], Any] = self.out.append
 
+    @abc.abstractmethod
     def draw(self, dist: Dist, surfaces: Sequence[str] | None = None, after: str = "") -> int:
         """The one primitive: the index of an option. `surfaces` tells what each option would write next, where known;
         `after` what follows it then."""
-        raise NotImplementedError
 
     def choose(self, options: Sequence | Dist, weights: Sequence[float | int] | None = None) -> Any:
         """Draw one of the options, with nothing written yet that would tell which."""
