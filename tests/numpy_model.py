@@ -40,6 +40,8 @@ class NumpyModel:
 
     def turn(self, x, positions):
         """Features i and i + E/2 are one complex number, turned by position * theta^(-2i/E)."""
+        if self.c.rotary and self.c.rotary < x.shape[-1]:
+            return np.concatenate([self.turn(x[..., : self.c.rotary], positions), x[..., self.c.rotary :]], -1)
         half = x.shape[-1] // 2
         angle = np.array([[m * self.c.theta ** (-2 * i / (2 * half)) for i in range(half)] for m in positions])
         z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angle)
@@ -104,6 +106,10 @@ class NumpyModel:
             logits = x @ p["embed.table"].T
         elif c.head == "untied":
             logits = self.linear("head.out", x)
+        elif c.head == "classes":
+            logits = self.linear("head.out", np.tanh(self.linear("head.dense", x[0])))
+        elif c.head == "none":
+            logits = x
         else:
             z = self.linear("head.dense", x)
             logits = self.norm("head.norm", ACTIVATION["gelu"](z)) @ p["embed.table"].T + p["head.bias"]

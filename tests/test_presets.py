@@ -53,6 +53,8 @@ ODD = [
     {"qk_norm": True, "kv_heads": 1, "bias": True, "qkv_bias": False, "head": "untied", "mlp": "geglu"},
     {"head": "mlm", "norm": "layernorm", "block": "post", "token_types": 3, "embed_norm": True, "qkv_bias": True},
     {"block": "parallel", "mlp": "relu2", "positions": "learned", "head_width": 12, "bias": True},
+    {"kind": "encoder", "head": "classes", "classes": 7, "rotary": 4},
+    {"kind": "encoder", "head": "none"},
 ]
 
 

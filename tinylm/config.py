@@ -18,7 +18,7 @@ Block = Literal["pre", "post", "parallel"]
 MLP = Literal["swiglu", "geglu", "reglu", "gelu", "gelu_tanh", "relu2"]
 Position = Literal["rope", "learned", "none"]
 Kind = Literal["decoder", "encoder"]
-Head = Literal["tied", "untied", "mlm"]
+Head = Literal["tied", "untied", "mlm", "classes", "none"]
 Objective = Literal["next_token", "mlm"]
 Optimizer = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "wsd", "linear", "constant"]
@@ -114,11 +114,14 @@ class ModelConfig(Config):
         mlp: activation; swiglu, geglu and reglu are gated; gelu_tanh is GPT-2's approximation.
         positions: "rope", "learned" or "none"; several alternate "rope" and "none" over the layers.
         theta: base of the rotary angles.
+        rotary: features of each head that rotate; 0: all (Pythia rotates the first quarter).
         window: attention reaches this many tokens back, itself included; 0: all; several alternate over the layers.
         attention_scale: factor on the scores; 0: 1 / sqrt(head_width); GPT-Neo uses 1.
         qk_norm: RMSNorm of each query and key head before the rotation, learned scale.
         softcap: logits become softcap * tanh(logits / softcap); 0: off.
-        head: "tied" (the embedding, transposed), "untied", or "mlm" (BERT's: dense, gelu, norm, tied, bias).
+        head: "tied" (the embedding, transposed), "untied", "mlm" (BERT's: dense, gelu, norm, tied, bias), "classes"
+            (BERT's classifier on the first position: dense, tanh, a score per class), or "none" (the features).
+        classes: scores that a "classes" head gives.
         bias: a bias in every linear layer.
         qkv_bias: the same for query, key and value alone; None: as bias.
         embed_norm: a norm right after the embeddings (BERT).
@@ -142,11 +145,13 @@ class ModelConfig(Config):
     mlp: MLP = "swiglu"
     positions: Position | tuple[Position, ...] = "rope"
     theta: float = 10_000.0
+    rotary: int = 0
     window: int | tuple[int, ...] = 0
     attention_scale: float = 0.0
     qk_norm: bool = False
     softcap: float = 0.0
     head: Head = "tied"
+    classes: int = 0
     bias: bool = False
     qkv_bias: bool | None = None
     embed_norm: bool = False
@@ -158,7 +163,17 @@ class ModelConfig(Config):
         super().__post_init__()
         for field in ("vocab", "context", "width", "layers", "heads"):
             self._require(getattr(self, field) >= 1, field, "must be at least 1")
-        for field in ("kv_heads", "head_width", "hidden", "token_types", "softcap", "init_std", "attention_scale"):
+        for field in (
+            "kv_heads",
+            "head_width",
+            "hidden",
+            "rotary",
+            "classes",
+            "token_types",
+            "softcap",
+            "init_std",
+            "attention_scale",
+        ):
             self._require(getattr(self, field) >= 0, field, "must not be negative")
         self._require(0 <= self.dropout < 1, "dropout", "must be at least 0 and below 1")
         self._require(self.norm_eps > 0, "norm_eps", "must be above 0")
@@ -194,6 +209,12 @@ class ModelConfig(Config):
             )
         if "rope" in self._pattern("positions"):
             self._require(self.head_width % 2 == 0, "head_width", "must be even for rotary positions")
+            self._require(self.rotary % 2 == 0, "rotary", "must be even")
+            self._require(self.rotary <= self.head_width, "rotary", f"must be at most head_width = {self.head_width}")
+        if self.head == "classes":
+            self._require(self.classes >= 1, "classes", 'a "classes" head needs at least 1')
+        else:
+            self._require(self.classes == 0, "classes", f'head = {self.head!r} has none: set head to "classes"')
 
     def _pattern(self, field: str) -> tuple:
         value = getattr(self, field)

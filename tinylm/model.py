@@ -1,8 +1,9 @@
 """One transformer, decoder and encoder: all forward maths, the cache, and every tap site.
 
-Read it top to bottom: small parts, attention, MLP, blocks, the whole. The configuration picks parts from tables when
-the model is built; no forward pass branches on it. Letters in shapes: B batch, T positions, S positions held in the
-cache, D width, H query heads, K key/value heads, E head width, F hidden width, V vocabulary.
+Read it top to bottom: attention, MLP, blocks, heads, the whole; `parts` holds the smaller parts. The configuration
+picks parts from tables when the model is built; no forward pass branches on it. Letters in shapes: B batch, T
+positions, S positions held in the cache, D width, H query heads, K key/value heads, E head width, F hidden width, V
+vocabulary, C classes.
 
 Tap sites are dotted attribute paths. A module's own path names its output; the rest are values inside it:
 
@@ -18,7 +19,7 @@ Tap sites are dotted attribute paths. A module's own path names its output; the 
     blocks.0.mlp                        (B T D)      the MLP's contribution
     blocks.0.resid                      (B T D)      stream after the block
     norm                                (B T D)      after the last norm
-    logits                              (B T V)
+    logits                              (B T V)      (B C) with a "classes" head, (B T D) with none
 """
 
 from __future__ import annotations
@@ -35,90 +36,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tinylm.config import ModelConfig
+from tinylm.parts import NORMS, Embedding, Linear, RMSNorm, dropout, rotate
 from tinylm.taps import Tap, check, recording, untouched, wants, watched, within
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import bind, initialize, named, pure
-
-# --- small parts ------------------------------------------------------------------------------------------------------
-
-
-class Linear(nnx.Module):
-    """`x @ weight() + bias`. Every weight matrix of the kit goes through here; `kernel` is (inputs, outputs)."""
-
-    def __init__(self, inputs: int, outputs: int, *, bias: bool = False):
-        self.kernel = nnx.Param(jnp.zeros((inputs, outputs)))
-        self.bias = nnx.Param(jnp.zeros(outputs)) if bias else None
-
-    def weight(self) -> Float[Array, "inputs outputs"]:
-        """The effective dense matrix, in float32."""
-        return self.kernel[...]
-
-    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-        y = x @ self.weight().astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
-
-
-class Embedding(nnx.Module):
-    """Rows of a table picked by id; `weight()` is (ids, width)."""
-
-    def __init__(self, ids: int, width: int):
-        self.table = nnx.Param(jnp.zeros((ids, width)))
-
-    def weight(self) -> Float[Array, "ids width"]:
-        return self.table[...]
-
-    def __call__(self, ids: Int[Array | np.ndarray, "*batch"]) -> Float[Array, "*batch width"]:
-        return self.weight()[ids]
-
-
-class RMSNorm(nnx.Module):
-    """x / rms(x) * scale over the last axis, in float32 (Zhang and Sennrich 2019)."""
-
-    def __init__(self, width: int, eps: float):
-        self.scale = nnx.Param(jnp.ones(width))
-        self.eps = eps
-
-    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        z = x.astype(jnp.float32)
-        z = z * jax.lax.rsqrt(jnp.mean(z * z, axis=-1, keepdims=True) + self.eps)
-        return (z * self.scale[...]).astype(x.dtype)
-
-
-class LayerNorm(RMSNorm):
-    """(x - mean) / std * scale + bias over the last axis, in float32 (Ba et al. 2016)."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__(width, eps)
-        self.bias = nnx.Param(jnp.zeros(width))
-
-    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        z = x.astype(jnp.float32)
-        z = super().__call__(z - jnp.mean(z, axis=-1, keepdims=True))
-        return (z + self.bias[...]).astype(x.dtype)
-
-
-NORMS = {"rmsnorm": RMSNorm, "layernorm": LayerNorm}
-
-
-def dropout(x: Array, rate: float, key: PRNGKeyArray | None, salt: int) -> Array:
-    """Zero a share `rate` of x and scale up the rest; the identity without a key. `salt` tells the places apart."""
-    if key is None or rate == 0:
-        return x
-    kept = jax.random.bernoulli(jax.random.fold_in(key, salt), 1 - rate, x.shape)
-    return jnp.where(kept, x / (1 - rate), 0)
-
-
-def rotate(
-    x: Float[Array, "B T H E"], positions: Int[Array | np.ndarray, "b T"], theta: float
-) -> Float[Array, "B T H E"]:
-    """Rotary positions (Su et al. 2021), half-split layout: feature i is paired with i + E/2, as in Hugging Face."""
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
 
 # --- attention --------------------------------------------------------------------------------------------------------
 
@@ -217,7 +138,8 @@ class Attention(nnx.Module):
         self.o = Linear(c.heads * c.head_width, c.width, bias=c.bias)
         self.q_norm = RMSNorm(c.head_width, c.norm_eps) if c.qk_norm else same
         self.k_norm = RMSNorm(c.head_width, c.norm_eps) if c.qk_norm else same
-        self.place, self.theta = rotate if c.at("positions", layer) == "rope" else same, c.theta
+        self.place = rotate if c.at("positions", layer) == "rope" else same
+        self.theta, self.rotary = c.theta, c.rotary or c.head_width
         self.causal, self.window = c.kind == "decoder", c.at("window", layer)
         self.scale = c.attention_scale or c.head_width**-0.5
         self.head_width, self.dropout = c.head_width, c.dropout
@@ -227,7 +149,7 @@ class Attention(nnx.Module):
         split = lambda y: y.reshape(*y.shape[:2], -1, self.head_width)  # noqa: E731
         q, k, v = tap("q", split(self.q(x))), tap("k", split(self.k(x))), tap("v", split(self.v(x)))
         q, k = self.q_norm(q), self.k_norm(k)
-        q, k = self.place(q, scope.positions, self.theta), self.place(k, scope.positions, self.theta)
+        q, k = (self.place(y, scope.positions, self.theta, self.rotary) for y in (q, k))
         if past is not None:
             k, v = write(past[0], k, scope.start), write(past[1], v, scope.start)
         mask = visible(scope, q.shape[1], k.shape[1], self.causal, self.window)
@@ -365,7 +287,28 @@ class MLMHead(nnx.Module):
         return x @ embedding.T.astype(x.dtype) + self.bias[...].astype(x.dtype)
 
 
-HEADS = {"tied": TiedHead, "untied": UntiedHead, "mlm": MLMHead}
+class ClassHead(nnx.Module):
+    """BERT's classifier: dense and tanh on the first position, then one score per class (Devlin et al. 2018)."""
+
+    def __init__(self, config: ModelConfig):
+        self.dense = Linear(config.width, config.width, bias=True)
+        self.out = Linear(config.width, config.classes, bias=True)
+
+    def __call__(self, x: Float[Array, "*batch T D"], embedding: Float[Array, "V D"]) -> Float[Array, "*batch C"]:
+        return self.out(jnp.tanh(self.dense(x[..., 0, :])))
+
+
+class NoHead(nnx.Module):
+    """The features themselves, for models that only embed."""
+
+    def __init__(self, config: ModelConfig):
+        del config
+
+    def __call__(self, x: Float[Array, "*batch D"], embedding: Float[Array, "V D"]) -> Float[Array, "*batch D"]:
+        return x
+
+
+HEADS = {"tied": TiedHead, "untied": UntiedHead, "mlm": MLMHead, "classes": ClassHead, "none": NoHead}
 
 # --- the whole --------------------------------------------------------------------------------------------------------
 
@@ -481,8 +424,8 @@ class Transformer(nnx.Module):
         keys, values = zip(*pasts, strict=True)
         return x, Cache(keys, values, cache.length + t)
 
-    def unembed(self, x: Float[Array, "*batch D"], tap: Tap = untouched) -> Float[Array, "*batch V"]:
-        """The head: normed features to logits."""
+    def unembed(self, x: Float[Array, "*batch D"], tap: Tap = untouched) -> Float[Array, ...]:
+        """The head: normed features to logits (*batch V); class scores (B C) from (B T D) with a "classes" head."""
         return tap("logits", self.cap(self.head(x, self.embed.weight()), self.config.softcap))
 
 

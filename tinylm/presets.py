@@ -155,7 +155,14 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     inputs = 2 if c.mlp in GATED else 1
     attention = c.width * (2 * q + 2 * kv) + (q + 2 * kv if c.qkv_bias else 0) + (c.width if c.bias else 0)
     mlp = (inputs + 1) * c.width * inner + (inputs * inner + c.width if c.bias else 0)
-    head = {"tied": 0, "untied": c.width * c.vocab, "mlm": c.width * c.width + c.width + norm + c.vocab}[c.head]
+    dense = c.width * c.width + c.width
+    head = {
+        "tied": 0,
+        "untied": c.width * c.vocab,
+        "mlm": dense + norm + c.vocab,
+        "classes": dense + (c.width + 1) * c.classes,
+        "none": 0,
+    }[c.head]
     return {
         "token embedding": c.vocab * c.width,
         "position embedding": c.context * c.width if c.at("positions", 0) == "learned" else 0,
@@ -216,12 +223,14 @@ def size(config: ModelConfig) -> Size:
     tables = [(c.width, c.vocab)]
     tables += [(c.width, c.context)] if groups["position embedding"] else []
     tables += [(c.width, c.token_types)] if c.token_types else []
-    tables += {"tied": [], "untied": [(c.width, c.vocab)], "mlm": [(c.width, c.width)]}[c.head]
+    own = {"untied": [(c.width, c.vocab)], "mlm": [(c.width, c.width)]}
+    own["classes"] = [(c.width, c.width), (c.width, c.classes)]
+    tables += own.get(c.head, [])
     inner = c.layers * sum(a * b for a, b in inside)
     outer = sum(a * b for a, b in tables)
     scales = 4 * (c.layers * sum(b for _, b in inside) + sum(b for _, b in tables))
     rest = 4 * (total - inner - outer)
-    heads = c.width * c.vocab + (c.width * c.width if c.head == "mlm" else 0)
+    heads = {"mlm": c.width * (c.width + c.vocab), "classes": 0, "none": 0}.get(c.head, c.width * c.vocab)
     seen = sum(min(c.at("window", i) or c.context, c.context) for i in range(c.layers))
     seen = seen / 2 if c.kind == "decoder" else seen
     return Size(

@@ -113,6 +113,8 @@ def require_fit(config: TrainConfig, model: ModelConfig) -> None:
             f'objective "{config.objective}" needs {wanted[config.objective]}, and this model is {wanted[other]}: '
             f'take objective "{other}", or another model'
         )
+    if model.head in ("classes", "none"):
+        raise ConfigError(f'ModelConfig.head = "{model.head}" predicts no tokens: take "tied", "untied" or "mlm"')
 
 
 def batches_of(tokens: Tokens, config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer | None) -> Batches:

@@ -1,0 +1,1 @@
+"""Models of other programs: read and written under one set of names."""
