@@ -204,9 +204,9 @@ def test_a_config_that_cannot_be_used(saved):
         (("a.txt", "b.txt"), FileNotFoundError, r"it holds a\.txt, b\.txt"),
         (("pytorch_model.bin",), ValueError, "pickle.*never does. Convert it to safetensors"),
         (("config.json", "pytorch_model.bin"), ValueError, "pickle"),
-        (("config.json", "model.safetensors"), ValueError, "another program's model, which this version does not read"),
-        (("config.json", "model.safetensors", "training_args.bin"), ValueError, "another program's model"),
-        (("model.gguf",), ValueError, "another program's format"),
+        (("config.json", "model.safetensors"), ValueError, "is damaged, or no safetensors file"),
+        (("model.gguf", "notes.txt"), ValueError, "load the file itself"),
+        (("model.h5",), ValueError, "another program's format"),
     ],
 )
 def test_folders_that_are_no_model(tmp_path, files, error, match):
@@ -220,8 +220,10 @@ def test_folders_that_are_no_model(tmp_path, files, error, match):
     ("name", "error", "match"),
     [
         ("model.pt", ValueError, "pickle"),
-        ("model.BIN", ValueError, "pickle"),
-        ("model.gguf", ValueError, "another program's format"),
+        ("model.BIN", ValueError, "model.BIN"),
+        ("model.gguf", ValueError, "model.gguf"),
+        ("model.onnx", ValueError, "written, not read"),
+        ("model.npz", ValueError, "another program's format"),
         ("model.safetensors", ValueError, "without its config"),
         ("step-00000005.safetensors", ValueError, "without its config"),
         ("notes.md", ValueError, r"unknown suffix '\.md'"),
@@ -235,8 +237,8 @@ def test_files_that_are_no_model(tmp_path, name, error, match):
 
 
 def test_nothing_there(tmp_path, model):
-    with pytest.raises(FileNotFoundError, match="no file or folder 'hf:some/model'"):
-        load("hf:some/model")
+    with pytest.raises(FileNotFoundError, match="no file or folder 'some/model'"):
+        load("some/model")
     with (
         Run.create(tmp_path / "run", model=CONFIG, train=TrainConfig(steps=1)) as run,
         pytest.raises(FileNotFoundError, match="no checkpoint yet"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tinylm import cli, corpus
+from tinylm import cli, corpus, options
 from tinylm.config import ModelConfig, Sampling, TrainConfig
 from tinylm.markup import plain
 from tinylm.world import World
@@ -142,7 +142,7 @@ def test_sizes(capsys):
     assert "token embedding" in out
 
 
-@pytest.mark.parametrize("command", ["story", "tokens", "train", "resume", "evaluate", "generate", "sizes"])
+@pytest.mark.parametrize("command", ["story", "tokens", "train", "resume", "evaluate", "generate", "convert", "sizes"])
 def test_help_reads_well(command, capsys):
     status, out, _ = run(command, "--help", capsys=capsys)
     assert status == 0
@@ -152,7 +152,7 @@ def test_help_reads_well(command, capsys):
     for cls in shown:
         for field in dataclasses.fields(cls):
             assert f"--{field.name.replace('_', '-')}" in out
-            assert cli.attribute_help(cls)[field.name]
+            assert options.attribute_help(cls)[field.name]
 
 
 @pytest.mark.parametrize(
@@ -200,8 +200,8 @@ def test_errors_are_one_line(args, status, said, trained, text, tmp_path, capsys
 
 
 def test_durations_and_amounts():
-    assert [cli.duration(t) for t in ("90", "90s", "20m", "1.5h")] == [90, 90, 1200, 5400]
-    assert [cli.amount(t) for t in ("5000", "300K", "1.5M", "2b", "1_000")] == [
+    assert [options.duration(t) for t in ("90", "90s", "20m", "1.5h")] == [90, 90, 1200, 5400]
+    assert [options.amount(t) for t in ("5000", "300K", "1.5M", "2b", "1_000")] == [
         5000,
         300_000,
         1_500_000,
@@ -266,4 +266,4 @@ def test_paragraphs_as_documents(tmp_path, capsys):
     status, out, _ = run(*args, tmp_path / "many", "--separator", r"\n\n", "--json", capsys=capsys)
     assert status == 0
     assert json.loads(out)["documents_read"] > 100
-    assert cli.escaped(r"a\n\tbé<|x|>漢") == "a\n\tbé<|x|>漢"
+    assert options.escaped(r"a\n\tbé<|x|>漢") == "a\n\tbé<|x|>漢"

@@ -76,6 +76,7 @@ WRONG_TRAIN = [
     ({"weight_decay": -0.1}, "weight_decay", "negative"),
     ({"clip": -1.0}, "clip", "negative"),
     ({"dtype": "float16"}, "dtype", "must be one of float32, bfloat16"),
+    ({"codec": "zip"}, "codec", "one of raw, planes"),
     ({"seed": -1}, "seed", "negative"),
     ({"log_every": 0}, "log_every", "at least 1"),
     ({"eval_every": -1}, "eval_every", "negative"),

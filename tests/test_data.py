@@ -585,3 +585,12 @@ def test_own_text_script(tmp_path):
     train, valid = (Tokens.open(tmp_path / "out", s) for s in ("train", "valid"))
     assert (train.documents, valid.documents, train.vocab) == (40, 5, 261)
     assert train.bytes_per_token == 1.0
+
+
+def test_a_begin_token_of_its_own_opens_every_document(tmp_path):
+    foreign = Tokenizer.from_json(BYTES.to_json().replace('"<|endoftext|>"', '"<s>"').replace('"<|pad|>"', '"</s>"'))
+    unmasked = Tokenizer.from_json(foreign.to_json().replace('"<|mask|>"', '"<x>"'))
+    tokens = write_tokens(["a", "b"], unmasked, tmp_path)
+    assert tokens[:].tolist() == [1, 0, *BYTES.encode("a"), 1, 0, *BYTES.encode("b"), 1]
+    assert (tokens.begin, tokens.end, tokens.bytes_per_token) == (0, 1, 1.0)
+    assert write_tokens(["a"], BYTES, tmp_path).begin is None

@@ -392,3 +392,17 @@ def test_diversity_of_too_little_and_of_equal_lengths():
     assert diversity(["one two"])["repeated_4gram"] is None
     assert diversity([])["distinct_1"] is None
     assert diversity(["a b c d e", "f g"], words=2)["words"] == 4
+
+
+def test_a_foreign_tokenizer_frames_by_its_own_begin_and_end():
+    """A space that encoding puts in front is no loss: decoding takes it away again."""
+    foreign = Letters(" a", "b", "<s>")
+    foreign.begin, foreign.prefix = 2, b" "
+    foreign.encode_batch = lambda texts: [foreign.encode(f" {text}") for text in texts]
+    framed, sizes = frame(["ab", "abb"], foreign)
+    assert [ids.tolist() for ids in framed] == [[2, 0, 1, 3], [2, 0, 1, 1, 3]]
+    assert sizes.tolist() == [2, 3]
+    assert frame(["ab"], foreign, end=1)[0][0].tolist() == [1, 0, 1, 1]
+    foreign.prefix = b""
+    with pytest.raises(EvaluationError, match="does not come back"):
+        frame(["ab"], foreign)

@@ -410,3 +410,26 @@ def test_wrong_models_and_prompts():
             list(generate_tokens(made(), prompts, tokens=1))
     with pytest.raises(ValueError, match=r"prompt 0: id 261 at position 0 is outside 0..260"):
         list(generate_tokens(made(), [[261]], tokens=1))
+
+
+def test_a_begin_token_of_its_own(monkeypatch):
+    """Foreign texts start with `begin`, end at `end` or at the next text's `begin`, and lose a space put in front."""
+    text = BYTES.to_json().replace('"<|endoftext|>"', '"<s>"').replace('"<|pad|>"', '"</s>"')
+    foreign = Tokenizer.from_json(text)
+    object.__setattr__(foreign, "prefix", b" ")
+    config = ModelConfig(vocab=BYTES.vocab, context=CONTEXT, width=16, layers=1, heads=2)
+    model, asked = Transformer(config, tokenizer=foreign), []
+    assert (foreign.begin, foreign.end) == (0, 1)
+
+    def fixed(stop, model, prompts, **settings):
+        asked.extend(np.asarray(p).tolist() for p in prompts)
+        for ids in (foreign.encode(" Once"), [*foreign.encode("!"), stop, *foreign.encode("more")]):
+            yield np.array([ids] * len(prompts))
+
+    for stop in (0, 1):
+        monkeypatch.setattr(room, "generate_tokens", functools.partial(fixed, stop))
+        assert generate(model, "") == "Once!"
+        assert generate(model, ["So,"]) == ["So, Once!"]
+        assert "".join(stream(model, "")) == "Once!"
+        assert "".join(stream(model, "So,")) == " Once!"
+    assert asked[:2] == [[0], [0, *foreign.encode("So,")]]

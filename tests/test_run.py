@@ -237,6 +237,33 @@ def test_restore_of_nothing(run):
     assert run.steps() == []
 
 
+def weights(step):
+    values = np.random.default_rng(step).standard_normal((2, 300, 10)).astype(np.float32)
+    return {"params.w": values[0], "opt.mu": values[1], "step": np.array(step)}
+
+
+def test_coded_checkpoints_stand_for_themselves_among_raw_ones(run):
+    for step in range(1, 7):
+        run.save(step, weights(step), {"seconds": 0.5}, codec="planes" if step % 2 else "raw")
+    with pytest.raises(ValueError, match="codec = 'zip': must be one of raw, planes"):
+        run.save(5, weights(5), codec="zip")
+    sizes = [run.path(step).stat().st_size for step in run.steps()]
+    assert max(sizes[::2]) < 0.9 * min(sizes[1::2])
+    flip(run.path(6))
+    assert run.prune(1) == [1, 2, 3, 4]
+    run.close()
+    with Run.open(run.folder, write=True) as again:
+        step, tensors, metadata, notes = again.restore()
+        assert (step, metadata, len(notes)) == (5, {"seconds": 0.5, "step": 5}, 2)
+        assert {n: (t.dtype, t.tobytes()) for n, t in tensors.items()} == {
+            n: (t.dtype, t.tobytes()) for n, t in weights(5).items()
+        }
+        flip(run.path(5), at=-100)
+        assert again.prune(1) == []
+        with pytest.raises(CheckpointDamaged, match="no sound checkpoint"):
+            again.restore()
+
+
 def test_a_renamed_checkpoint_is_not_believed(run):
     fill(run, 1)
     shutil.copy(run.path(1), run.path(5))
@@ -248,9 +275,9 @@ def test_a_renamed_checkpoint_is_not_believed(run):
 def test_a_newer_format_is_never_passed_over(run, monkeypatch):
     fill(run, 1)
     with monkeypatch.context() as patch:
-        patch.setattr(store, "FORMAT", 2)
+        patch.setattr(store, "FORMAT", 3)
         fill(run, 2)
-    with pytest.raises(StateMismatch, match="format 2"):
+    with pytest.raises(StateMismatch, match="format 3"):
         run.restore()
     run.close()
     with Run.open(run.folder, write=True) as fresh:

@@ -256,11 +256,11 @@ def test_each_kind_of_bad_header_has_its_reason(tmp_path, file, reason):
 
 
 def test_a_newer_format_is_no_damage_and_a_damaged_newer_one_is(tmp_path):
-    newer = crafted({"__metadata__": {**ABOUT, "tinylm": '{"format": 2}'}})
+    newer = crafted({"__metadata__": {**ABOUT, "tinylm": '{"format": 3}'}})
     (tmp_path / "x").write_bytes(newer)
-    with pytest.raises(StateMismatch, match=r"format 2.*update tinylm"):
+    with pytest.raises(StateMismatch, match=r"format 3.*update tinylm"):
         read_file(tmp_path / "x")
-    (tmp_path / "x").write_bytes(newer.replace(b": 2", b": 3"))
+    (tmp_path / "x").write_bytes(newer.replace(b": 3", b": 4"))
     with pytest.raises(CheckpointDamaged, match="sha256"):
         read_file(tmp_path / "x")
 

@@ -16,12 +16,12 @@ PACKAGE = ROOT / "tinylm"
 # A room imports only from rooms to its left.
 ORDER = """
     config presets taps world reading text vocabulary tokenizer shards corpus data weights parts model optim step
-    store formats folder run checkpoint training resuming yardsticks evaluation generation markup show live story
-    cli __main__
+    planes store formats folder run checkpoint training resuming yardsticks evaluation generation sharing markup show
+    live story options cli __main__
 """.split()  # noqa: SIM905
 # Rooms that work without JAX, so that a world, a text or a tokenizer can be had in milliseconds.
 LIGHT = ["config", "presets", "world", "reading", "text", "vocabulary", "tokenizer", "shards", "corpus"]
-LIGHT += ["data", "store", "markup"]
+LIGHT += ["data", "planes", "store", "markup"]
 
 
 def room(path):
@@ -79,7 +79,8 @@ def modules_after(statement):
     return set(done.stdout.split())
 
 
-HEAVY = {"jax", "flax", "optax", "datasets", "pyarrow", "tokengrams", "IPython", "ipywidgets", "torch", "transformers"}
+HEAVY = {"jax", "flax", "optax", "datasets", "pyarrow", "tokengrams", "IPython", "ipywidgets"}
+HEAVY |= {"torch", "transformers", "onnx", "onnxruntime", "gguf", "huggingface_hub"}
 
 
 def test_import_tinylm_is_light():

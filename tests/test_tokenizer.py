@@ -310,6 +310,21 @@ def foreign(**changes):
     return {**raw, **changes}
 
 
+@pytest.mark.parametrize(
+    ("names", "begin", "end"),
+    [("<s> </s>", 0, 1), ("<|begin_of_text|> <|end_of_text|>", 0, 1), ("<eos> <bos>", 1, 0), ("<pad> <s>", 1, 1)]
+    + [("<|endoftext|> <|pad|>", 0, 0), ("</s> <mask>", 0, 0), ("[CLS] [SEP]", None, None)],
+)
+def test_what_begins_and_ends_a_text(names, begin, end):
+    """One id does both where a tokenizer has but one; ours and BERT's stay as they were."""
+    text = own_json("byte")
+    for old, new in zip(SPECIALS, [*names.split(), "<a>", "<b>", "<c>"], strict=True):
+        text = text.replace(json.dumps(old), json.dumps(new))
+    tk = Tokenizer.from_json(text)
+    assert (tk.begin, tk.end) == (begin, end)
+    assert tk.prefix == b""
+
+
 def test_a_lossy_foreign_tokenizer_says_so():
     tk = Tokenizer.from_json(json.dumps(foreign()))
     assert not tk.lossless

@@ -16,7 +16,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from tinylm.config import ModelConfig
+from tinylm import formats
+from tinylm.config import Codec, ModelConfig
 from tinylm.folder import (
     FORMAT,
     RunLocked,
@@ -48,23 +49,39 @@ __all__ = [
 ]
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-CONVERTED = (".gguf", ".onnx", ".tlm", ".h5", ".msgpack", ".npz")
+FOREIGN = (".tlm", ".h5", ".msgpack", ".npz")
 PARAMS = "params."  # the part of a training state that is the model
 
 
-def save(model: Transformer, folder: PathLike) -> Path:
-    """Write a model into `folder` (made if need be) for `load`; a model saved there before is replaced.
+def save(model: Transformer, path: PathLike, *, format: str | None = None, **options: Any) -> Path:
+    """Write a model: into the folder `path` (made if need be) for `load`, or as another program's file.
 
-    Raises FileExistsError if the folder is a run or somebody else's model, OSError (path, free and needed MB).
+    Args:
+        model: to save. path: a folder, or a file whose suffix says the format: .bin (llama2.c), .gguf, .onnx.
+        format: "hf" writes a folder for Hugging Face's transformers; the others follow from the suffix.
+        options: of the format (see `tinylm.formats`); of the kit's own folder `codec="planes"`, a smaller file, without
+            loss (`write_file` can also store the difference to an earlier file).
+
+    Raises:
+        FileExistsError: the folder is a run or somebody else's model. OSError: path, free and needed MB.
+        FormatError: what the format cannot say of this model; nothing is written then.
     """
-    folder = Path(folder)
+    if format is not None or formats.format_of(path):
+        return formats.write(model, path, format=format, **options)
+    return _save(model, Path(path), **options)
+
+
+def _save(model: Transformer, folder: Path, *, codec: Codec = "raw") -> Path:
+    """The kit's own folder."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "config.json").exists() and "tinylm" not in (there := read_config(folder)):
         what = "a run" if is_run(there) else "another program's model"
         raise FileExistsError(f"{folder} holds {what}: save into another folder")
     tokenizer = model.tokenizer
     about = {"tinylm": model.config.to_dict(), "tokenizer": tokenizer.sha256 if tokenizer else None}
-    write_file(folder / "model.safetensors", named(model), about)  # says again what config.json says: see `load`
+    write_file(
+        folder / "model.safetensors", named(model), about, codec=codec
+    )  # says again what config.json says: see `load`
     if tokenizer is not None:
         write_bytes(folder / "tokenizer.json", tokenizer.to_json().encode())
     else:
@@ -74,11 +91,14 @@ def save(model: Transformer, folder: PathLike) -> Path:
 
 
 def load(path: PathLike) -> Transformer:
-    """The model in a folder made by `save`, in a run folder (newest sound checkpoint), or in one step's file of a run.
+    """The model in a folder made by `save`, in a run folder (newest sound checkpoint), in one step's file of a run, or
+    of another program: a folder of Hugging Face's transformers, llama2.c's .bin, a .gguf, or `hf:NAME/REPO` of the hub.
 
     Warns when damaged checkpoints were passed over. Raises FileNotFoundError (nothing there), ValueError (another kind
     of file, with what to do), CheckpointDamaged, StateMismatch (weights that are not this config's), ConfigError.
     """
+    if str(path).startswith(formats.HUB):
+        return formats.read(path)
     path = Path(path)
     if path.is_file():
         return _load_file(path)
@@ -95,14 +115,14 @@ def load(path: PathLike) -> Transformer:
                 warnings.warn(note, stacklevel=2)
             return _from_run(run, tensors)
     if "tinylm" not in config:
-        raise _unknown(path, names)
+        return formats.read(path)
     if type(config["tinylm"]) is not dict:
         raise CheckpointDamaged(f"{path / 'config.json'} is damaged: 'tinylm' holds no settings")
     tensors, about = read_file(path / "model.safetensors")
     with naming(path / "config.json"):
         model = ModelConfig.from_dict(config["tinylm"])
-    for key, wanted in (("tinylm", model.to_dict()), ("tokenizer", config.get("tokenizer"))):
-        if _as_json(about.get(key)) != _as_json(wanted):  # a crash between two files of `save`, or a mixed-up folder
+    for key in ("tinylm", "tokenizer"):
+        if about.get(key) != config.get(key):  # a crash between two files of `save`, or a mixed-up folder
             raise StateMismatch(f"{path}: model.safetensors and config.json are of different models ({key} differs)")
     return _assemble(model, tensors, read_tokenizer(path, config.get("tokenizer")), path / "model.safetensors")
 
@@ -133,6 +153,8 @@ def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
 
 def _load_file(path: Path) -> Transformer:
     suffix, home = path.suffix.lower(), path.absolute().parent
+    if formats.format_of(path):
+        return formats.read(path)
     if path.name == "model.safetensors" and (home / "config.json").exists():
         return load(home)
     if STEP.fullmatch(path.name) and home.name == "checkpoints" and (home.parent / "config.json").exists():
@@ -157,13 +179,6 @@ def _assemble(config: ModelConfig, tensors: Mapping[str, Any], tokenizer: Any, w
     return model
 
 
-def _as_json(value: Any) -> Any:
-    """Tuples and lists are the same thing on disk."""
-    if isinstance(value, dict):
-        return {key: _as_json(item) for key, item in value.items()}
-    return [_as_json(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
 def _unknown(path: Path, names: list[str]) -> Exception:
     """Why `path`, with these files, is nothing that `load` can read, and what to do."""
     suffixes = {Path(name).suffix.lower() for name in names}
@@ -174,10 +189,10 @@ def _unknown(path: Path, names: list[str]) -> Exception:
             f"{path} holds a pickle, and loading a pickle can run any code: tinylm never does. Convert it to "
             "safetensors where you trust it (safetensors.torch.save_file)"
         )
-    if suffixes & set(CONVERTED):
+    if suffixes & set(FOREIGN):
         return ValueError(f"{path} is another program's format, which this version does not read")
-    if path.is_dir() and "config.json" in names:
-        return ValueError(f"{path} is another program's model, which this version does not read; {contents(path)}")
+    if files := sorted(name for name in names if formats.format_of(name)):
+        return ValueError(f"{path} is a folder with {', '.join(files[:4])}: load the file itself, {path / files[0]}")
     if path.is_dir():
         return FileNotFoundError(f"{path} is neither a saved model nor a run: no config.json; {contents(path)}")
     return ValueError(f"{path} has the unknown suffix {path.suffix!r}: load takes the folder of a saved model or a run")

@@ -1,4 +1,4 @@
-"""`tinylm ...`: the kit from a terminal. Options come from the dataclasses of `config`, their help from its docstrings.
+"""`tinylm ...`: the kit from a terminal.
 
 Figures go to stdout (one json object with --json), progress to stderr; an error is one line and exit status 1.
 """
@@ -10,85 +10,16 @@ import dataclasses
 import itertools
 import json
 import os
-import re
 import sys
-import types
-import typing
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
-from tinylm.config import Config, ConfigError, ModelConfig, Sampling, TrainConfig
+from tinylm.config import Codec, ConfigError, ModelConfig, Sampling, TrainConfig
+from tinylm.options import add_options, amount, chosen, duration, escaped
 
-# --- options from dataclasses -----------------------------------------------------------------------------------------
-
-
-def duration(text: str) -> float:
-    """Seconds: "90", "90s", "20m", "1.5h"."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip().lower())
-    if not match or not float(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no length of time; write for example 90s, 20m or 1.5h")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
-
-
-def amount(text: str) -> int:
-    """A whole number: "5000", "300K", "10M", "1.5B"."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", text.strip().lower().replace("_", ""))
-    if not match or float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2]] % 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number; write for example 5000, 300K or 10M")
-    return round(float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2]])
-
-
-def escaped(text: str) -> str:
-    r"""Text as typed, with \n, \t and the like meant as in Python."""
-    return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
-
-
-def yes_or_no(text: str) -> bool:
-    """ "true" or "false"."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r}: write true or false")
-    return text.lower() == "true"
-
-
-def attribute_help(cls: type) -> dict[str, str]:
-    """Attribute -> its line of the class docstring's list of attributes."""
-    listed = (cls.__doc__ or "").partition("Attributes:")[2]
-    return {name: " ".join(text.split()) for name, text in re.findall(r"^ {8}(\w+): (.+(?:\n {9,}.+)*)", listed, re.M)}
-
-
-def add_options(parser: argparse.ArgumentParser, cls: type[Config], title: str, skip: Sequence[str] = ()) -> None:
-    """One option per field of a config dataclass; an option that is not given leaves no trace in the namespace."""
-    group, help_of = parser.add_argument_group(title), attribute_help(cls)
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if field.name in skip:
-            continue
-        kind = typing.get_type_hints(cls)[field.name]
-        options: dict[str, Any] = {"type": scalar(kind), "metavar": "X"}
-        if typing.get_origin(kind) is typing.Literal:
-            options = {"choices": typing.get_args(kind)}
-        elif tuple in {typing.get_origin(k) for k in typing.get_args(kind)}:  # one value, or one per layer in turn
-            options = {"type": scalar(typing.get_args(kind)[0]), "nargs": "+", "metavar": "X"}
-        if field.name == "budget":
-            options = {"type": duration, "metavar": "TIME"}
-        shown = "" if field.default in (None, 0, 0.0) else f" (default {field.default})"
-        text = help_of[field.name].rstrip(".").replace("%", "%%") + shown
-        group.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **options)
-
-
-def scalar(kind: Any) -> Callable[[str], Any]:
-    """The function that reads one value of a field's type."""
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        kind = typing.get_args(kind)[0]
-    return {int: amount, float: float, bool: yes_or_no}.get(kind, str)
-
-
-def chosen(args: argparse.Namespace, cls: type[Config]) -> dict[str, Any]:
-    """The fields of `cls` that were given on the command line."""
-    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(cls) if hasattr(args, f.name)}  # type: ignore[arg-type]
-    return {k: (v[0] if len(v) == 1 else tuple(v)) if isinstance(v, list) else v for k, v in given.items()}
-
+FORMAT_NAMES = ("hf", "llama2c", "gguf", "onnx")  # of `tinylm.formats`, which is not imported for a --help
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 
@@ -224,6 +155,55 @@ def cmd_generate(args: argparse.Namespace) -> None:
             print(plain(piece), end="", flush=True)
     finally:
         print()
+
+
+def cmd_convert(args: argparse.Namespace) -> None:
+    """Turn a model of one program into that of another: here, transformers, llama2.c, llama.cpp, onnxruntime."""
+    from tinylm.checkpoint import load, save
+    from tinylm.formats import HUB, format_of
+    from tinylm.presets import count
+
+    suffix = Path(args.target).suffix[1:]
+    if args.to is None and suffix.isalpha() and not format_of(args.target) and not args.target.startswith(HUB):
+        raise ConfigError(f"{args.target}: .{suffix} is no format; write to .bin, .gguf, .onnx, or to a plain folder")
+    model = load(args.source)
+    asked = {name: getattr(args, name) for name in ("dtype", "version", "group", "codec") if hasattr(args, name)}
+    if args.target.startswith(HUB):
+        from tinylm.sharing import push
+
+        where = push(args.source, args.target.removeprefix(HUB), format=args.to or "hf", **asked)
+        report(args, {"target": where, "parameters": count(model.config)}, f"pushed to {where}")
+        return
+    path = save(model, args.target, format=args.to, **asked)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    size = sum(file.stat().st_size for file in files if file.is_file())
+    figures = {"target": str(path), "parameters": count(model.config), "bytes": size}
+    text = f"{path}: {count(model.config):,} parameters, {mb(size)}"
+    if (args.to or format_of(path)) != "onnx":  # what can be read back is, and compared
+        off = largest_change(model, load(path))
+        figures["largest_change"] = off
+        text += (
+            ", read back exactly" if off == 0 else f", weights changed by at most {off:.2g} of each tensor's largest"
+        )
+    report(args, figures, text)
+
+
+def largest_change(before: Any, after: Any) -> float:
+    """The largest difference of two weights of one name over the largest weight of that tensor.
+
+    Tables of tokens are compared only where both models number the tokens alike (llama2.c has an order of its own).
+    """
+    import numpy as np
+
+    from tinylm.weights import named
+
+    old, worst = named(before), 0.0
+    for name, new in named(after).items():
+        if name.startswith(("embed.", "head.")) and before.tokenizer != after.tokenizer:
+            continue
+        difference = np.abs(np.asarray(old[name]) - np.asarray(new)).max()
+        worst = max(worst, float(difference / max(np.abs(np.asarray(old[name])).max(), 1e-30)))
+    return worst
 
 
 def cmd_story(args: argparse.Namespace) -> None:
@@ -388,6 +368,21 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", type=int, default=0, metavar="N", help="of the random choices (default 0)")
     p.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given again")
     add_options(p, Sampling, "sampling")
+
+    p = command("convert", cmd_convert, "tinylm convert runs/story story.gguf --dtype q8_0")
+    p.add_argument("source", metavar="SRC", help="a run, a saved model, a .bin, a .gguf, a transformers folder, hf:ID")
+    p.add_argument("target", metavar="DST", help="file ending in .bin, .gguf or .onnx, a new folder, or hf:NAME/REPO")
+    p.add_argument(
+        "--to", choices=FORMAT_NAMES, default=None, help="what to write into a folder (default: tinylm's own)"
+    )
+    p.add_argument(
+        "--dtype", default=argparse.SUPPRESS, metavar="X", help="of the weights: float32, float16, q8_0, ..."
+    )
+    p.add_argument("--version", type=int, default=argparse.SUPPRESS, metavar="N", help="of llama2.c's format: 0 or 2")
+    p.add_argument("--group", type=int, default=argparse.SUPPRESS, metavar="N", help="weights per scale in version 2")
+    p.add_argument(
+        "--codec", choices=get_args(Codec), default=argparse.SUPPRESS, help="of tinylm's own files (default raw)"
+    )
 
     p = command("sizes", cmd_sizes, "tinylm sizes --preset 1M --vocab 2048")
     p.add_argument("--preset", action="append", metavar="NAME", help="only this one, in detail; may be given again")

@@ -1,9 +1,9 @@
 """How good a model is on a text: bits per byte, an interval over documents, differences, the floor, diversity.
 
 Bits per byte is the headline because it compares across tokenizers. The account (see `yardsticks`): a document is
-`end, tokens..., end`; every token and the closing `end` is predicted once and its bits are summed; the raw UTF-8 bytes
-of the text divide. A document longer than the context is read in windows that overlap: each starts `stride` tokens
-after the one before and scores what no window scored yet, from at least context - stride + 1 tokens.
+`begin, tokens..., end`; every token and the closing `end` is predicted once and its bits are summed; the raw UTF-8
+bytes of the text divide. A document longer than the context is read in windows that overlap: each starts `stride`
+tokens after the one before and scores what no window scored yet, from at least context - stride + 1 tokens.
 """
 
 from __future__ import annotations

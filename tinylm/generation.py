@@ -111,7 +111,7 @@ def compiled(graph: Any) -> tuple[Callable, Callable]:
         """
         model = bind(graph, params)
         known = model.config.vocab if model.tokenizer is None else model.tokenizer.vocab
-        end = None if model.tokenizer is None else model.tokenizer.end
+        marks = () if model.tokenizer is None else bounds(model.tokenizer)
         rows = jnp.arange(len(text.logits))
         key = jax.random.key(seed)
 
@@ -120,8 +120,8 @@ def compiled(graph: Any) -> tuple[Callable, Callable]:
             logits, seen, finite = text.logits, text.seen, jnp.isfinite(text.logits).all()
             if known < logits.shape[-1]:  # ids that only pad the embedding have no text
                 logits = jnp.where(jnp.arange(logits.shape[-1]) < known, logits, -jnp.inf)
-            if end is not None:  # every prompt begins with it: a penalty would keep texts from ending
-                seen = seen.at[:, end].set(False)
+            for mark in marks:  # every prompt begins with one: a penalty would keep texts from ending
+                seen = seen.at[:, mark].set(False)
             token = pick(logits, seen, settings, keys)
             x, cache = model.trunk(token[:, None], cache=text.cache)
             return Text(cache, model.unembed(x[:, 0]), text.seen.at[rows, token].set(True)), (token, finite)
@@ -147,7 +147,7 @@ def generate_tokens(
     and the cache is filled anew. What a row sees depends on its own length alone, never on `chunk` or the other rows.
 
     Args:
-        model: a decoder. prompts: token ids, at least one each (usually the end token first).
+        model: a decoder. prompts: token ids, at least one each (usually the begin token first).
         tokens: how many to make. sampling: default `Sampling()`. seed: of the choices.
         chunk: tokens made per call of the compiled loop; more is a little faster, fewer streams more smoothly.
 
@@ -167,7 +167,7 @@ def generate_tokens(
         check_tokens(np.asarray(prompt, dtype=None if len(prompt) else np.int32), config.vocab, f"prompt {row}")
         texts.append(np.asarray(prompt).tolist())
     if not texts or not all(texts):
-        raise GenerateError("a prompt without tokens cannot be continued; start with the tokenizer's end token")
+        raise GenerateError("a prompt without tokens cannot be continued; start with the tokenizer's begin token")
     graph, params = pure(model)
     read, write = compiled(graph)
     settings = Settings.of(sampling or Sampling())
@@ -231,6 +231,7 @@ def stream(
     stop = (stop,) if isinstance(stop, str) else stop
     tokenizer = tokenizer_of(model)
     decoder, text, shown = tokenizer.stream(), "", 0
+    lead = "" if prompt else tokenizer.prefix.decode()
     hold = max((len(s) for s in stop), default=1) - 1  # a stop text may begin in the pieces held back
     for ids in generate_tokens(
         model,
@@ -241,11 +242,14 @@ def stream(
         chunk=chunk,
     ):
         row = ids[0].tolist()
-        ended = tokenizer.end in row
-        for token in row[: row.index(tokenizer.end)] if ended else row:
+        own = until_end(tokenizer, row)
+        ended = len(own) < len(row)
+        for token in own:
             text += decoder.push(token)
         if ended:
             text += decoder.flush()
+        if lead and text:
+            text, lead = text.removeprefix(lead), ""
         found = [at for s in stop if s and (at := text.find(s)) >= 0]
         until = min(found) if found else len(text) if ended else max(shown, len(text) - hold)
         if until > shown:
@@ -287,11 +291,12 @@ def generate(
     for ids in generate_tokens(model, starts, tokens=tokens, sampling=Sampling.from_dict(sampling), seed=seed):
         for row, new in zip(made, ids.tolist(), strict=True):
             row.extend(new)
-        if all(tokenizer.end in row for row in made):
+        if all(len(until_end(tokenizer, row)) < len(row) for row in made):
             break
     texts = []
     for p, row in zip(prompts, made, strict=True):
-        text = tokenizer.decode(row[: row.index(tokenizer.end)] if tokenizer.end in row else row)
+        text = tokenizer.decode(until_end(tokenizer, row))
+        text = text if p else text.removeprefix(tokenizer.prefix.decode())
         cut = min((at for s in stop if s and (at := text.find(s)) >= 0), default=len(text))
         texts.append(p + text[:cut])
     return texts[0] if isinstance(prompt, str) else texts
@@ -306,8 +311,19 @@ def tokenizer_of(model: Transformer) -> Any:
     return model.tokenizer
 
 
+def bounds(tokenizer: Any) -> tuple[int, ...]:
+    """The ids that a text ends at: `end`, and `begin`, which opens the next text (llama2.c's models know no other)."""
+    return tuple(sorted({i for i in (tokenizer.begin, tokenizer.end) if i is not None}))
+
+
+def until_end(tokenizer: Any, row: list[int]) -> list[int]:
+    """The ids before the first that ends a text; all of them where none does."""
+    marks = bounds(tokenizer)
+    return row[: next((at for at, token in enumerate(row) if token in marks), len(row))]
+
+
 def prompt_ids(tokenizer: Any, prompt: str) -> np.ndarray:
-    """The end token, behind which every text of the training data began, then the prompt."""
+    """The begin token, behind which every text of the training data began, then the prompt."""
     if not isinstance(prompt, str):
         raise GenerateError(f"prompt = {prompt!r}: give a text; `generate_tokens` goes on from token ids")
-    return np.concatenate([[tokenizer.end], tokenizer.encode(prompt)]).astype(np.int32)
+    return np.concatenate([[tokenizer.begin], tokenizer.encode(prompt)]).astype(np.int32)

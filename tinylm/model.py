@@ -431,6 +431,11 @@ class Transformer(nnx.Module):
 
 def shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """Name -> shape and dtype of every parameter, without computing any."""
+    return dict(_shapes(config))
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     return named(nnx.eval_shape(lambda: Transformer(config)))  # type: ignore[return-value]
 
 

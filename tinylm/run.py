@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from tinylm.config import ModelConfig, TrainConfig
+from tinylm.config import Codec, ModelConfig, TrainConfig
 from tinylm.folder import (
     FORMAT,
     INVISIBLE,
@@ -251,11 +251,20 @@ class Run:
         found = [int(match[1]) for match in map(STEP.fullmatch, names) if match]
         return sorted(step for step in set(found) if self.path(step).name in names)
 
-    def save(self, step: int, tensors: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> Path:
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Any],
+        metadata: Mapping[str, Any] | None = None,
+        *,
+        codec: Codec = "raw",
+    ) -> Path:
         """Write the checkpoint of `step`; when this returns, it and the log so far survive a power cut.
 
-        `metadata` gets the key "step". Later checkpoints, which `rewind` would have set aside, are set aside with a
-        warning: `restore` must find this one. Raises OSError with path, free and needed MB; earlier checkpoints stay.
+        `metadata` gets the key "step"; `codec` is that of `store.write_file`, and every checkpoint stands for itself:
+        none is the difference to another one, which `prune` might delete. Later checkpoints, which `rewind` would have
+        set aside, are set aside with a warning: `restore` must find this one. Raises OSError with path, free and needed
+        MB; earlier checkpoints stay.
         """
         self._writing()
         if step < 0:
@@ -264,7 +273,7 @@ class Run:
         if path.exists() and not self._is_sound(step):
             self._set_aside(step)  # damaged ones are evidence
         self._sync_log()
-        write_file(path, tensors, {**(metadata or {}), "step": step})
+        write_file(path, tensors, {**(metadata or {}), "step": step}, codec=codec)
         self._sound[step] = _signature(path)
         self.last_saved_step = step
         if later := [self._set_aside(later).name for later in self.steps() if later > step]:

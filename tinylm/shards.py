@@ -1,7 +1,8 @@
 """Documents -> token shards on disk: memory-mapped ids, each file described and sealed by a json sidecar.
 
 A token stream is `end, document, end, document, ..., end`: the end token comes before and after every document, so it
-is both the start that a first token is predicted from and the end to be predicted.
+is both the start that a first token is predicted from and the end to be predicted. Foreign tokenizers that have a begin
+token of their own get it in front of every document: `end, begin, document, end, begin, document, ..., end`.
 """
 
 from __future__ import annotations
@@ -82,6 +83,10 @@ def write_tokens(
     end = tokenizer.sep if tokenizer.end is None else tokenizer.end
     if end is None:
         raise DataError(f"{tokenizer} has neither an end nor a separator token to put between documents")
+    begin = None if tokenizer.begin == end else tokenizer.begin
+    if tokenizer.mask is not None and begin == tokenizer.cls:
+        begin = None  # RoBERTa's kind: `data.Rows` puts it there
+    lead = np.array([end] if begin is None else [end, begin], np.int32)
     if shard_tokens < 1 or (first is not None and first < 1):
         raise DataError(f"shard_tokens = {shard_tokens}, first = {first}: must be at least 1")
     if not split or not split.replace("_", "").replace("-", "").isalnum():
@@ -98,13 +103,14 @@ def write_tokens(
                 if first is not None and len(ids) > first:
                     size, ids = tokenizer.covered(text, first), ids[:first]
                 check_tokens(ids, tokenizer.vocab, f"document {writer.documents}")
-                writer.add(np.append(np.int32(end), ids), size)
+                writer.add(np.append(lead, ids), size)
             if progress:
                 progress(done)
         if not writer.documents:
             raise DataError("no documents to write: the source is empty")
         writer.write(np.array([end]))
-        writer.finish({"vocab": tokenizer.vocab, "end": end, "tokenizer_sha256": tokenizer.sha256})
+        own = {} if begin is None else {"begin": begin}
+        writer.finish({"vocab": tokenizer.vocab, "end": end, **own, "tokenizer_sha256": tokenizer.sha256})
     finally:
         writer.clean()
     return Tokens.open(folder, split)
@@ -192,6 +198,7 @@ class Tokens:
 
     Attributes:
         split: its name. documents, bytes: of the raw text. vocab, end, tokenizer_sha256: of the tokenizer.
+        begin: the token in front of every document, None where `end` alone is.
         sha256: of the whole split (the shards' hashes, hashed), known without reading the shards.
     """
 
@@ -207,6 +214,7 @@ class Tokens:
         self.bytes: int = meta["bytes"]
         self.vocab: int = meta["vocab"]
         self.end: int | None = meta["end"]
+        self.begin: int | None = meta.get("begin")
         self.tokenizer_sha256: str = meta["tokenizer_sha256"]
         self.sha256: str = meta["sha256"]
 
@@ -229,9 +237,9 @@ class Tokens:
                 f"{folder}: {split} was written as {lead['shards']} shards, {len(found)} are there; write it again"
             )
         for path, side in zip(found, sidecars, strict=True):
-            for key in ("dtype", "vocab", "end", "tokenizer_sha256", "shards"):
-                if side[key] != lead[key]:
-                    raise DataError(f"{path}: {key} = {side[key]!r}, but {found[0].name} says {lead[key]!r}")
+            for key in ("dtype", "vocab", "end", "begin", "tokenizer_sha256", "shards"):
+                if side.get(key) != lead.get(key):
+                    raise DataError(f"{path}: {key} = {side.get(key)!r}, but {found[0].name} says {lead.get(key)!r}")
         parts = [_map(path, side) for path, side in zip(found, sidecars, strict=True)]
         meta = {**lead, **{k: sum(s[k] for s in sidecars) for k in ("documents", "bytes")}}
         meta["split"] = split
@@ -293,8 +301,8 @@ class Tokens:
 
     @property
     def bytes_per_token(self) -> float:
-        """Raw UTF-8 bytes of the documents per token of them (end tokens not counted)."""
-        return self.bytes / max(1, len(self) - self.documents - 1)
+        """Raw UTF-8 bytes of the documents per token of them (begin and end tokens not counted)."""
+        return self.bytes / max(1, len(self) - self.documents * (1 if self.begin is None else 2) - 1)
 
     @property
     def bytes_per_prediction(self) -> float:
@@ -337,6 +345,8 @@ def _sidecar(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: format {side['format']}; this version reads {FORMAT}")
     if side["dtype"] not in ("uint16", "uint32"):
         raise DataError(f"{path}: dtype {side['dtype']!r} must be uint16 or uint32")
+    if type(side.get("begin", 0)) is not int:
+        raise DataError(f"{path}: begin is {side['begin']!r}")
     if side["file"] != path.with_suffix(".bin").name or side["tokens"] < 1 or side["vocab"] < 1 or side["shards"] < 1:
         raise DataError(f"{path}: file, tokens, vocab or shards make no sense ({side['file']!r}, {side['tokens']})")
     return side

@@ -7,6 +7,13 @@
 The sha256 is over the whole file with its own 64 digits replaced by zeros, so any changed, missing or added byte is
 found; plain safetensors files load 994 of 1,000 flipped bits as if nothing had happened. The same tensors and metadata
 always give the same bytes (the safetensors library writes its metadata in random order).
+
+With `codec="planes"` a tensor that `planes` makes smaller is stored as bytes under its own name; "tinylm" then says its
+type and shape, and, where it is the difference to the same tensor of another file, the name and sha256 of that file:
+
+    {"format":2,"planes":{"name":{"dtype","shape","delta"},...},"base":{"file","sha256"},"metadata":{...}}
+
+The sha256 is over what is stored, so nothing is decoded to check a file. Where nothing is coded, the format is 1.
 """
 
 from __future__ import annotations
@@ -21,12 +28,16 @@ import stat
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import ml_dtypes
 import numpy as np
 
-FORMAT = 1
+from tinylm import planes
+from tinylm.config import Codec
+
+FORMAT = 1  # of a file that holds its tensors as they are
+CODED = 2  # of one that does not: readers of format 1 say that they are too old for it
 DTYPES = {
     "F64": np.dtype("<f8"),
     "I64": np.dtype("<i8"),
@@ -52,6 +63,7 @@ ZEROS = "0" * 64
 HEADER_LIMIT = 16 * 2**20
 PIECE = 4 * 2**20
 MEGABYTE = 1e6
+ENTRY = 128  # bytes a coded tensor costs in the header
 LEFTOVER = re.compile(r"\.tinylm-[0-9a-f]{16}\.(tmp|trash)")
 
 PathLike = str | os.PathLike
@@ -65,15 +77,37 @@ class StateMismatch(ValueError):
     """A sound file that does not fit here: other names, shapes, types, settings, or a newer format."""
 
 
-def write_file(path: PathLike, tensors: Mapping[str, Any], metadata: Mapping[str, Any] | None = None) -> None:
+def write_file(
+    path: PathLike,
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, Any] | None = None,
+    *,
+    codec: Codec = "raw",
+    base: PathLike | None = None,
+) -> None:
     """Write arrays (NumPy or JAX, any shape) and json-able metadata to `path`, durably: it survives a power cut.
 
+    Args:
+        path: replaced, whole or not at all.
+        tensors, metadata: what `read_file` gives back, bit for bit.
+        codec: "planes" stores each tensor in fewer bytes where it can; needs memory for the coded ones meanwhile.
+        base: with "planes", an earlier file in the same folder: what changed little since costs little, and this
+            file cannot be read without that one. It must not have a base itself.
+
     Raises ValueError for what the format cannot say, before anything is written, and OSError (its subclass, with
-    `filename`, free and needed MB in the message) when the disk refuses; then `path` is what it was before.
+    `filename`, free and needed MB in the message) when the disk refuses; then `path` is what it was before. For `base`
+    also what `read_file` raises.
     """
+    if codec not in get_args(Codec):
+        raise ValueError(f"codec = {codec!r}: must be one of {', '.join(get_args(Codec))}")
     arrays = {name: _storable(name, tensors[name]) for name in tensors}
+    inner: dict[str, Any] = {"format": FORMAT, "metadata": dict(metadata or {})}
+    if base is not None and codec != "planes":
+        raise ValueError('a base makes a difference only with codec "planes"')
+    if codec == "planes":
+        arrays, about = _coded(arrays, *_base_for(path, base))
+        inner |= {"format": CODED, **about} if about else {}
     order = sorted(arrays, key=lambda name: (-arrays[name].itemsize, name))  # widest first: every tensor is aligned
-    inner = {"format": FORMAT, "metadata": dict(metadata or {})}
     header: dict[str, Any] = {"__metadata__": {"sha256": ZEROS, "tinylm": _dumps(inner)}}
     end = 0
     for name in order:
@@ -102,14 +136,18 @@ def read_file(path: PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The tensors (each its own writable array) and the metadata of a file made by `write_file`.
 
     Raises FileNotFoundError, CheckpointDamaged for any byte that differs from what was written (also for a file that
-    `write_file` did not make), StateMismatch when a newer format wrote it.
+    `write_file` did not make), StateMismatch when a newer format wrote it, or when its base is missing or another file.
     """
-    return _read(path, keep=True)
+    tensors, inner, _ = _read(path, keep=True)
+    return tensors, inner["metadata"]
 
 
 def verify_file(path: PathLike) -> dict[str, Any]:
-    """The metadata, after checking every byte as `read_file` does, in constant memory. Raises what that raises."""
-    return _read(path, keep=False)[1]
+    """The metadata, after checking every byte as `read_file` does (those of its base too), in constant memory.
+
+    Raises what that raises.
+    """
+    return _read(path, keep=False)[1]["metadata"]
 
 
 def write_bytes(path: PathLike, data: bytes) -> None:
@@ -222,8 +260,85 @@ def _write(file: int, data: memoryview) -> None:
         data = data[os.write(file, data[:PIECE]) :]
 
 
-def _read(path: PathLike, *, keep: bool) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Check everything the header claims before any memory is taken for it, then read and hash in one pass."""
+def _coded(
+    arrays: dict[str, np.ndarray], earlier: Mapping[str, np.ndarray], about_base: dict[str, str] | None
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """What to store, and what the metadata must say about it: nothing when no tensor became smaller."""
+    coded = planes.encode_all(arrays, earlier)
+    coded = {name: found for name, found in coded.items() if len(found[0]) + ENTRY < arrays[name].nbytes}
+    entries = {
+        name: {"dtype": CODES[arrays[name].dtype], "shape": list(arrays[name].shape), "delta": delta}
+        for name, (_, delta) in coded.items()
+    }
+    stored = {name: np.frombuffer(coded[name][0], np.uint8) if name in coded else arrays[name] for name in arrays}
+    about: dict[str, Any] = {"planes": entries} if entries else {}
+    if any(delta for _, delta in coded.values()):
+        about["base"] = about_base
+    return stored, about
+
+
+def _base_for(path: PathLike, base: PathLike | None) -> tuple[dict[str, np.ndarray], dict[str, str] | None]:
+    """The tensors of the file that a new one at `path` shall build on, and how to find it again."""
+    if base is None:
+        return {}, None
+    path, base = Path(path), Path(base)
+    same_folder = os.path.realpath(base.parent) == os.path.realpath(path.parent)
+    if not same_folder or not _neighbour(base.name) or (path.exists() and base.exists() and path.samefile(base)):
+        raise ValueError(f"{base} cannot be the base of {path}: it must be another file of the same folder")
+    tensors, inner, sha256 = _read(base, keep=True)
+    if "base" in inner:
+        raise ValueError(f"{base} cannot be a base, since it has one itself: give that one, {inner['base']['file']}")
+    return tensors, {"file": base.name, "sha256": sha256}
+
+
+def _base_of(path: PathLike, about: dict[str, str], keep: bool) -> dict[str, np.ndarray]:
+    """The tensors that `path` is the difference to."""
+    base = Path(path).parent / about["file"]
+    try:
+        tensors, _, sha256 = _read(base, keep=keep, whole=True)
+    except CheckpointDamaged as error:
+        raise CheckpointDamaged(f"{path} needs its base: {error}") from error
+    except OSError as error:
+        raise StateMismatch(f"{path} needs its base {base}: {error.strerror}") from error
+    if sha256 != about["sha256"]:
+        raise StateMismatch(f"{path} needs its base {base} as it was: sha256 {about['sha256']}, and it has {sha256}")
+    return tensors
+
+
+def _announced(inner: dict[str, Any], layout: Mapping[str, Any]) -> dict[str, planes.Announced]:
+    """Name: (type, shape, whether it is a difference) of every coded tensor."""
+    base, entries, found = inner.get("base"), inner.get("planes"), {}
+    if "base" in inner and (
+        type(base) is not dict
+        or set(base) != {"file", "sha256"}
+        or not all(type(value) is str for value in base.values())
+        or not _neighbour(base["file"])
+    ):
+        raise _Flaw("it names an impossible base")
+    if type(entries) is not dict or not entries:
+        raise _Flaw("its metadata is incomplete")
+    for name, entry in entries.items():
+        if type(entry) is not dict or set(entry) != {"dtype", "shape", "delta"} or type(entry["delta"]) is not bool:
+            raise _Flaw(f"tensor {name!r} is not described by dtype, shape and delta")
+        dtype, shape = DTYPES.get(str(entry["dtype"])), entry["shape"]
+        if dtype is None or not _naturals(shape) or len(shape) > 32 or (entry["delta"] and base is None):
+            raise _Flaw(f"tensor {name!r} has an unknown type, an impossible shape or no base")
+        if name not in layout or layout[name][:2] != (DTYPES["U8"], (layout[name][2],)):
+            raise _Flaw(f"tensor {name!r} is not stored as bytes")
+        found[name] = dtype, tuple(shape), entry["delta"]
+    return found
+
+
+def _neighbour(name: str) -> bool:
+    """Whether `name` is that of a file in the same folder: no file can make us open anything else."""
+    return name not in ("", ".", "..") and name.isprintable() and not set(name) & set("/\\")
+
+
+def _read(path: PathLike, *, keep: bool, whole: bool = False) -> tuple[dict[str, np.ndarray], dict[str, Any], str]:
+    """The tensors (if `keep`), what the header says, and the sha256; a file that must be `whole` may have no base.
+
+    Everything the header claims is checked before any memory is taken for it, then reading and hashing are one pass.
+    """
     file = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # NONBLOCK: a named pipe must not hang us
     try:
         status = os.fstat(file)
@@ -253,12 +368,19 @@ def _read(path: PathLike, *, keep: bool) -> tuple[dict[str, np.ndarray], dict[st
                 digest.update(piece)
         if digest.hexdigest().encode() != head[SLOT]:
             raise _Flaw("its sha256 does not match its content")
-        if type(inner.get("format")) is int and inner["format"] > FORMAT:
-            raise StateMismatch(f"{path} has format {inner['format']}, this tinylm reads up to {FORMAT}: update tinylm")
-        if inner.get("format") != FORMAT or type(inner.get("metadata")) is not dict:
+        if type(inner.get("format")) is int and inner["format"] > CODED:
+            raise StateMismatch(f"{path} has format {inner['format']}, this tinylm reads up to {CODED}: update tinylm")
+        if inner.get("format") not in (FORMAT, CODED) or type(inner.get("metadata")) is not dict:
             raise _Flaw("its metadata is incomplete")
-        return tensors, inner["metadata"]
-    except _Flaw as error:
+        if inner["format"] == CODED:
+            announced = _announced(inner, layout)
+            if whole and "base" in inner:
+                raise _Flaw("it is a difference itself, and a base must be whole")
+            earlier = _base_of(path, inner["base"], keep) if "base" in inner else {}
+            if keep:
+                tensors |= planes.decode_all(tensors, announced, earlier)
+        return tensors, inner, digest.hexdigest()
+    except (_Flaw, planes.PlanesDamaged) as error:
         raise CheckpointDamaged(f"{path} is damaged: {error}") from error
     except OSError as error:
         raise CheckpointDamaged(f"{path} cannot be read: {error.strerror}") from error

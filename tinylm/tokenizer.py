@@ -28,6 +28,7 @@ from tinylm.vocabulary import ALONE, SYMBOLS, Checked, TokenizerError, check, pa
 Kind = Literal["bpe", "wordpiece", "unigram", "byte"]
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|mask|>", "<|cls|>", "<|sep|>")
 ROLES = {  # what foreign tokenizers call them, in order of preference
+    "begin": ("<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>"),
     "end": ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>"),
     "pad": ("<|pad|>", "[PAD]", "<pad>"),
     "mask": ("<|mask|>", "[MASK]", "<mask>"),
@@ -67,7 +68,10 @@ class Tokenizer:
         token_bytes: the raw bytes each id stands for; b"" for special tokens.
         byte_lengths: (vocab,) int32, their lengths.
         specials: string -> id of the special tokens. They never come out of user text.
-        end, pad, mask, cls, sep: ids by role, None when a foreign tokenizer lacks one.
+        begin, end: ids before and after every text; one and the same in our own tokenizers, and where a foreign one has
+            but one of them; None where it has neither.
+        pad, mask, cls, sep: ids by role, None when a foreign tokenizer lacks one.
+        prefix: what encoding puts in front of every text, so decoding gives it back: b" " for SentencePiece's, or b"".
         sha256: of the canonical json (key order and spacing do not matter).
     """
 
@@ -79,11 +83,13 @@ class Tokenizer:
     token_bytes: tuple[bytes, ...]
     byte_lengths: np.ndarray
     specials: dict[str, int]
+    begin: int | None
     end: int | None
     pad: int | None
     mask: int | None
     cls: int | None
     sep: int | None
+    prefix: bytes
     sha256: str
     _raw: dict[str, Any]
     _rust: tokenizers.Tokenizer
@@ -111,10 +117,13 @@ class Tokenizer:
             "token_bytes": checked.content,
             "byte_lengths": lengths,
             "specials": dict(checked.specials),
+            "prefix": checked.prefix,
             "sha256": hashlib.sha256(canonical.encode()).hexdigest(),
         }
         for role, candidates in ROLES.items():
             values[role] = next((checked.specials[c] for c in candidates if c in checked.specials), None)
+        for role, other in (("begin", "end"), ("end", "begin")):
+            values[role] = values[other] if values[role] is None else values[role]
         for name, value in values.items():
             object.__setattr__(self, name, value)
         self._rust.encode_special_tokens = True  # "<|endoftext|>" in the text is thirteen characters like any others
@@ -130,9 +139,10 @@ class Tokenizer:
         if self._rust.get_vocab_size() != self.vocab:
             raise TokenizerError(f"{self._rust.get_vocab_size()} tokens in use, {self.vocab} in the file")
         object.__setattr__(self, "lossless", False)
-        unknown = self._raw["model"].get("unk_token")
+        model = self._raw["model"]
+        unknown = (model.get("unk_token"), self.names[model["unk_id"]] if model.get("unk_id") is not None else None)
         for name, i in checked.specials.items():
-            if name != unknown and i in self.encode(f"{name} {name}{name} b"):
+            if name not in unknown and i in self.encode(f"{name} {name}{name} b"):
                 raise TokenizerError(f"the text {name!r} becomes special token {i}: user text could forge it")
         if checked.lossless:
             probe = "".join(map(chr, range(0x250))) + "##é <|endoftext|>\r\n  \u2003语🦙\u200d\U0010fffd\x00 Hello' s"

@@ -36,7 +36,8 @@ GPT4 = (
     r"""|\s*[\r\n]+|\s+(?!\S)|\s+"""
 )
 QWEN = GPT4.replace(r"\p{N}{1,3}", r"\p{N}")
-PATTERNS = (ALONE, GPT2, GPT4, QWEN)  # others could make the regex engine hang
+BYTE_NAME = "(?<=<)0x(?=[0-9A-F]{2}>)"  # inside the text "<0x41>", which is not the byte token of that name
+PATTERNS = (ALONE, GPT2, GPT4, QWEN, BYTE_NAME)  # others could make the regex engine hang
 
 NORMALIZERS: dict[str, dict[str, Any]] = {
     "BertNormalizer": {"clean_text": FLAG, "handle_chinese_chars": FLAG, "strip_accents": MAYBE, "lowercase": FLAG},
@@ -114,7 +115,10 @@ BYTE_OF = {symbol: byte for byte, symbol in enumerate(SYMBOLS)}
 
 @dataclasses.dataclass(frozen=True)
 class Checked:
-    """A tokenizer.json that passed: names and bytes by id, added and special tokens by name, the encoder's json."""
+    """A tokenizer.json that passed: names and bytes by id, added and special tokens by name, the encoder's json.
+
+    `prefix` is what a text's first token begins with though the text does not.
+    """
 
     names: tuple[str, ...]
     content: tuple[bytes, ...]
@@ -122,6 +126,7 @@ class Checked:
     specials: dict[str, int]
     byte_level: bool
     lossless: bool
+    prefix: bytes
     cuttable: bool
     encoder: dict[str, Any]
 
@@ -203,8 +208,13 @@ def check(raw: dict[str, Any]) -> Checked:
     spaced = any(s["add_prefix_space"] for s in levels)
     ordinary = all(t["special"] for t in added)
     encoder = {**raw, "truncation": None, "padding": None, "post_processor": None, "decoder": None}
+    encoder["model"] = dict(model)
     if kind == "BPE":  # pairs, because the library skips a merge written as a string that begins with "#version"
-        encoder["model"] = {**model, "merges": [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]}
+        encoder["model"]["merges"] = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+    outside = [t for t in added if t["content"] not in vocab]
+    if kind != "Unigram" and any(t["id"] != i for i, t in enumerate(outside, len(vocab))):
+        # The library numbers them on from the vocabulary unless it finds them in it.
+        encoder["model"]["vocab"] = {**vocab, **{t["content"]: t["id"] for t in outside}}
     plainly = {t["content"]: b"" if t["special"] else t["content"].encode() for t in added}
     return Checked(
         names=tuple(names),
@@ -212,12 +222,20 @@ def check(raw: dict[str, Any]) -> Checked:
         added={t["content"]: t["id"] for t in added},
         specials={t["content"]: t["id"] for t in added if t["special"]},
         byte_level=byte_level,
+        prefix=b" " if spaced or any(_prepends(step) for step in (*normalizers, *splits)) else b"",
         lossless=byte_level and covered and kept and ordinary and not spaced and not normalizers,
         cuttable=bool(splits)
         and not any(s["type"] == "Metaspace" or s.get("use_regex") is False for s in splits)
         and not any(n["type"] in ("Prepend", "Replace") for n in normalizers),
         encoder=encoder,
     )
+
+
+def _prepends(step: dict[str, Any]) -> bool:
+    """Whether this step puts a space in front of a text."""
+    if step["type"] == "Prepend":
+        return step["prepend"] in (" ", "\u2581")
+    return step["type"] == "Metaspace" and step.get("prepend_scheme", "always") != "never"
 
 
 def _content(name: str, model: dict[str, Any], byte_level: bool) -> bytes:

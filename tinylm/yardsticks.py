@@ -1,7 +1,7 @@
 """What a model has to beat on the same bytes: n-gram models and file compressors, in bits per byte. NumPy only.
 
-The account is the one every figure of the kit uses. A document is framed as `end, tokens..., end`; what comes before a
-token predicts it; the final `end` is predicted and paid for, the first is given; only the raw UTF-8 bytes of the text
+The account is the one every figure of the kit uses. A document is framed as `begin, tokens..., end`; what comes before
+a token predicts it; the final `end` is predicted and paid for, `begin` is given; only the raw UTF-8 bytes of the text
 divide. So scores of different tokenizers, n-grams, compressors and models compare.
 """
 
@@ -30,10 +30,10 @@ def frame(
     """The documents as `start, tokens..., end`, and the raw bytes that divide.
 
     Args:
-        documents: texts. tokenizer: anything with `encode(text) -> ids`; `encode_batch`, `decode_bytes`, `end`, `vocab`
-            are used where it has them.
+        documents: texts. tokenizer: anything with `encode(text) -> ids`; `encode_batch`, `decode_bytes`, `prefix`,
+            `begin`, `end`, `vocab` are used where it has them.
         start, end: ids around each document, where the tokenizer has no `end` or the model was trained on others; the
-            default is the tokenizer's `end` for both.
+            default is the tokenizer's `begin` and `end`, and `end` for both where it has no `begin` or `end` is given.
         lossy: accept a tokenizer that drops information. Its bits per byte are too low: it codes another, easier text.
 
     Returns:
@@ -45,7 +45,9 @@ def frame(
     documents = list(documents)
     if not documents:
         raise EvaluationError("there is no document to score: the file is empty or every document in it is")
-    end = getattr(tokenizer, "end", None) if end is None else end
+    if end is None:
+        end = getattr(tokenizer, "end", None)
+        start = getattr(tokenizer, "begin", None) if start is None else start
     if end is None:
         raise EvaluationError("the tokenizer has no end token, and each document must be closed by one: pass end=ID")
     start = end if start is None else start
@@ -60,8 +62,9 @@ def frame(
     check_ids(framed, getattr(tokenizer, "vocab", None))
     if not lossy:
         back = getattr(tokenizer, "decode_bytes", None) or (lambda ids: tokenizer.decode(ids).encode())
+        prefix = getattr(tokenizer, "prefix", b"")
         for number, (ids, text) in enumerate(zip(framed, raw, strict=True)):
-            if back(ids[1:-1]) != text:
+            if back(ids[1:-1]) != prefix + text:
                 raise EvaluationError(
                     f"document {number} ({text[:40]!r}...) does not come back from the tokenizer byte for byte, so the "
                     "score would be another text's: use a byte-level tokenizer, or pass lossy=True and report it"
