@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tinylm"
 # A room imports only from rooms to its left.
 ORDER = """
-    config presets taps world reading text vocabulary tokenizer shards corpus data weights parts model optim step
+    config presets taps world reading text vocabulary tokenizer shards corpus data weights parts model losses optim step
     store formats folder run checkpoint training resuming yardsticks evaluation generation markup show live story
     cli __main__
 """.split()  # noqa: SIM905

@@ -30,7 +30,7 @@ import numpy as np
 from tinylm import optim
 from tinylm.checkpoint import Run, require_match
 from tinylm.config import ConfigError, ModelConfig, TrainConfig
-from tinylm.data import Batch, DataError, Masked, Tokens, Windows
+from tinylm.data import Batch, DataError, Masked, Tokens, Windows, picking
 from tinylm.model import Transformer
 from tinylm.step import State, compiled_loss, compiled_update
 from tinylm.tokenizer import Tokenizer
@@ -142,6 +142,11 @@ def batches_of(tokens: Tokens, config: TrainConfig, model: ModelConfig, tokenize
     return Masked(windows, rate=config.mask_rate, mask=tokenizer.mask, vocab=tokenizer.vocab, keep=keep)
 
 
+def alike(one: Batch, other: Batch) -> bool:
+    """Whether two batches have the same fields and shapes, so that they can go to the device together."""
+    return all(np.shape(a) == np.shape(b) and (a is None) == (b is None) for a, b in zip(one, other, strict=True))
+
+
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +231,7 @@ class Trainer:
         self.watched: dict[str, Any] = {}
         self._ask, self._over = False, False
         self._clock: float | None = None
-        self._flying: collections.deque[tuple[int, float, dict]] = collections.deque()
+        self._flying: collections.deque[tuple[int, float, int, Callable[[], dict]]] = collections.deque()
         self._rates: collections.deque[tuple[float, int]] = collections.deque()
         self._saved_at, self._save_cost, self._saved_step = 0.0, 0.0, -1
 
@@ -267,11 +272,11 @@ class Trainer:
         with Interrupt() as interrupt:
             try:
                 while not (self._over or interrupt.asked or self._ask):
-                    self._launch()
+                    sent = self._launch()
                     due = self._due(interrupt)
-                    # At most two steps are in flight, so an interrupt waits for no more; what is due needs all of them
+                    # At most two calls are in flight, so an interrupt waits for no more; what is due needs all of them
                     # landed, so that it sees the state of exactly this step.
-                    while len(self._flying) > (0 if due else 1):
+                    while len(self._flying) > (0 if due else sent):
                         step = self._land()
                         yield self._note(step) if due and not self._flying else step
                 while self._flying:
@@ -282,13 +287,33 @@ class Trainer:
             finally:
                 self._finish()
 
-    def _launch(self) -> None:
-        """Send one step to the device; it runs while Python goes on."""
-        rate = optim.rate(self.config, self.step, self.progress)
-        batch = self.batches(self.step)
-        self.state, figures = self.update(self.state, batch, np.float32(rate), np.uint32(self.config.seed))
-        self.step += 1
-        self._flying.append((self.step, rate, figures))
+    def _launch(self) -> int:
+        """Send the next steps to the device, which works while Python goes on; returns how many."""
+        progress, batches = self.progress, [self._batch(self.step)]
+        for step in range(self.step + 1, self.step + self._steps_together()):
+            batches.append(self._batch(step))
+            if not alike(*batches[-2:]):  # a step's arithmetic depends on its own batch alone, never on its neighbours
+                batches.pop()
+                break
+        count = len(batches)
+        steps = range(self.step, self.step + count)
+        rates = [optim.rate(self.config, step, step / self.steps if self.steps else progress) for step in steps]
+        given = np.array(rates, np.float32), np.uint32(self.config.seed)
+        self.state, figures = self.update(self.state, batches, *given)
+        fetched = functools.cache(lambda: jax.device_get(figures))
+        self._flying += [(step + 1, rate, i, fetched) for i, (step, rate) in enumerate(zip(steps, rates, strict=True))]
+        self.step += count
+        return count
+
+    def _batch(self, step: int) -> Batch:
+        masked = self.config.objective == "mlm"
+        return picking(self.batches(step), self.config.mask_rate if masked else 1.0, self.config.accumulate)
+
+    def _steps_together(self) -> int:
+        """At most `steps_per_call`, and not beyond a step after which something is due."""
+        ends = [self.config.log_every, self.config.eval_every] if self.config.steps_per_call > 1 else []
+        left = [every - self.step % every for every in ends if every]
+        return min([self.config.steps_per_call, *left, *([self.steps - self.step] if self.steps else [])])
 
     def _due(self, interrupt: Interrupt) -> bool:
         """Whether the newest step is to be logged, validated or saved; here, and only here, it becomes the last one."""
@@ -305,8 +330,8 @@ class Trainer:
 
     def _land(self) -> Step:
         """Wait for the oldest step in flight and take its figures."""
-        number, learning_rate, figures = self._flying.popleft()
-        figures = jax.device_get(figures)
+        number, learning_rate, index, fetched = self._flying.popleft()
+        figures = {name: values[index] for name, values in fetched().items()}
         if figures["halted"]:
             self._diverge(number, figures)
         self.losses.append(float(figures["loss"]))
@@ -380,13 +405,15 @@ class Trainer:
 
     def sync(self) -> None:
         """Give the model the current weights (copies: the loop goes on with its own)."""
-        assign(self.model, jax.tree.map(jnp.copy, self.state.params))
+        assign(self.model, jax.tree.map(jnp.copy, optim.evaluated(self.state.params, self.state.opt)))
 
     def validate(self) -> dict[str, float]:
         """Nats per token on `eval_batches` fixed validation batches, and bits per byte where the bytes are known."""
         assert self.valid is not None
         loss = compiled_loss(self.graph)
-        sums = [loss(self.state.params, self.valid(i)) for i in range(self.config.eval_batches)]
+        params = optim.evaluated(self.state.params, self.state.opt)
+        share = self.config.mask_rate if self.config.objective == "mlm" else 1.0
+        sums = [loss(params, picking(self.valid(i), share)) for i in range(self.config.eval_batches)]
         nats, weight = (float(sum(part)) for part in zip(*sums, strict=True))
         found = {"valid_loss": nats / weight}
         if self.valid_bytes and self.config.objective == "next_token":
