@@ -7,6 +7,7 @@ layer to layer takes a tuple, repeated over the layers: `window=(0, 256)` altern
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
 import math
 import re
@@ -354,6 +355,14 @@ class TrainConfig(Config):
         if self.optimizer == "schedule_free":
             self._require(self.schedule == "constant", "schedule", 'schedule_free needs "constant"')
             self._require(not self.ema, "ema", "schedule_free keeps an average of its own")
+
+    def grid(self, **settings: typing.Iterable[Any]) -> list[Self]:
+        """A config for every combination: `config.grid(seed=range(3), learning_rate=[1e-3, 3e-3])` gives six."""
+        names = list(settings)
+        return [
+            self.replace(**dict(zip(names, values, strict=True)))
+            for values in itertools.product(*map(list, settings.values()))
+        ]
 
     def with_batch(self, batch: int) -> Self:
         """The same run with another batch, its learning rate by the square-root rule (Malladi et al. 2022).

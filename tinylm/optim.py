@@ -24,10 +24,10 @@ class Recipe:
     """The settings that are compiled into a training step; two runs with equal recipes share the compiled step."""
 
     optimizer: str
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
+    beta1: float | jax.Array  # arrays in a population whose members differ in it
+    beta2: float | jax.Array
+    eps: float | jax.Array
+    weight_decay: float | jax.Array
     clip: float
     dtype: str
     accumulate: int

@@ -5,6 +5,7 @@ The slow twin is a few lines of optax written out plainly in the tests; both mus
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -47,14 +48,11 @@ def cross_entropy(
     return total, (nats, jnp.float32(weights.size) if batch.weights is None else weights.sum())
 
 
-@functools.lru_cache(maxsize=32)  # so running a notebook's cells again compiles nothing
-def compiled_update(graph: Any, recipe: optim.Recipe, drops: bool) -> Callable:
-    """The training step `(state, batches, rates, seed) -> (state, figures)`; the old state's buffers are reused.
+def step_of(graph: Any, recipe: optim.Recipe, drops: bool) -> Callable:
+    """One training step `(state, batch, rate, seed, knobs) -> (state, figures)`, to be compiled.
 
-    `batches` and `rates` are lists of as many steps as are to be done in one call, in a loop on the device; `figures`
-    holds an array of one value per step. How many steps share a call changes no bit of any result.
+    `knobs` are settings of the recipe as arrays, for members of a population that differ in them; usually none.
     """
-    rule = optim.build(recipe)
     dtype = jnp.dtype(recipe.dtype)
 
     def loss(params: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -75,8 +73,8 @@ def compiled_update(graph: Any, recipe: optim.Recipe, drops: bool) -> Callable:
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
         return jax.lax.scan(add, zero, (parts, keys))[0]
 
-    def one_step(state: State, given: tuple[Batch, jax.Array], seed: jax.Array):
-        batch, rate = given
+    def step(state: State, batch: Batch, rate: jax.Array, seed: jax.Array, knobs: dict[str, jax.Array]):
+        rule = optim.build(dataclasses.replace(recipe, **knobs))
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         (_, (nats, weight)), grads = (in_parts if recipe.accumulate > 1 else gradient)(state.params, batch, key)
         # An MLM batch of very short texts may hide nothing: no weight is no gradient, not a division by zero.
@@ -90,10 +88,38 @@ def compiled_update(graph: Any, recipe: optim.Recipe, drops: bool) -> Callable:
         new = jax.tree.map(lambda a, b: jnp.where(halted, a, b), old, new)
         return new, {"loss": nats / weight, "grad_norm": norm, "halted": halted}
 
+    return step
+
+
+@functools.lru_cache(maxsize=32)  # so running a notebook's cells again compiles nothing
+def compiled_update(graph: Any, recipe: optim.Recipe, drops: bool) -> Callable:
+    """The training step `(state, batches, rates, seed) -> (state, figures)`; the old state's buffers are reused.
+
+    `batches` is a list of as many steps as are to be done in one call, in a loop on the device, `rates` their learning
+    rates; `figures` holds an array of one value per step. How many share a call changes no bit of any result.
+    """
+    step = step_of(graph, recipe, drops)
+
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state: State, batches: list[Batch], rates: jax.Array, seed: jax.Array):
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
-        return jax.lax.scan(lambda state, given: one_step(state, given, seed), state, (stacked, rates))
+        return jax.lax.scan(lambda state, given: step(state, *given, seed, {}), state, (stacked, rates))
+
+    return update
+
+
+@functools.lru_cache(maxsize=32)
+def compiled_updates(graph: Any, recipe: optim.Recipe, drops: bool) -> Callable:
+    """The same for N models at once: arrays of state, batches, seeds and knobs have N in front, rates are (steps N).
+
+    `knobs` are settings of the recipe that differ from member to member; figures are (steps N).
+    """
+    every = jax.vmap(step_of(graph, recipe, drops))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state: State, batches: list[Batch], rates: jax.Array, seeds: jax.Array, knobs: dict[str, jax.Array]):
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
+        return jax.lax.scan(lambda state, given: every(state, *given, seeds, knobs), state, (stacked, rates))
 
     return update
 

@@ -331,7 +331,10 @@ class Trainer:
     def _land(self) -> Step:
         """Wait for the oldest step in flight and take its figures."""
         number, learning_rate, index, fetched = self._flying.popleft()
-        figures = {name: values[index] for name, values in fetched().items()}
+        return self._taken(number, learning_rate, {name: values[index] for name, values in fetched().items()})
+
+    def _taken(self, number: int, learning_rate: float, figures: dict[str, Any]) -> Step:
+        """A step from its number and figures. Raises TrainingDiverged."""
         if figures["halted"]:
             self._diverge(number, figures)
         self.losses.append(float(figures["loss"]))
@@ -486,9 +489,15 @@ def train(
     """
     trainer = Trainer(model, data, config, valid=valid, tracker=tracker)
     if out is not None:
-        about = {"train": describe(data, Path(out)), "valid": describe(valid, Path(out))}
-        trainer.run = Run.create(out, model=model.config, train=config, tokenizer=model.tokenizer, data=about)
+        trainer.run = create(trainer, Path(out), data, valid)
     return trainer
+
+
+def create(trainer: Trainer, out: Path, data: Tokens | Batches, valid: Tokens | Batches | None) -> Run:
+    """The new folder of a trainer's run."""
+    about = {"train": describe(data, out), "valid": describe(valid, out)}
+    model = trainer.model
+    return Run.create(out, model=model.config, train=trainer.config, tokenizer=model.tokenizer, data=about)
 
 
 def describe(data: Tokens | Batches | None, out: Path) -> dict[str, Any] | None:
