@@ -28,6 +28,7 @@ Optimizer = Literal[
 ]  # fmt: skip
 Schedule = Literal["cosine", "wsd", "linear", "constant"]
 Dtype = Literal["float32", "bfloat16"]
+Parallel = Literal["none", "data", "fsdp"]
 
 GATED = ("swiglu", "geglu", "reglu")
 
@@ -275,6 +276,7 @@ class TrainConfig(Config):
         z_loss: weight of logsumexp(logits)^2 in the loss, which keeps logits from drifting; PaLM's is 1e-4. 0: off.
         ema: decay of a moving average of the weights that is validated, handed out and loaded; 0: off.
         dtype: arithmetic of the forward and backward pass; weights and optimiser state stay float32.
+        parallel: "data" shares each batch out to all devices; "fsdp" splits weights and optimiser state over them too.
         seed: of the initial weights, the data order, the masks and dropout.
         log_every: steps between two lines of run.jsonl.
         eval_every: steps between validations; 0: at the end only.
@@ -308,6 +310,7 @@ class TrainConfig(Config):
     z_loss: float = 0.0
     ema: float = 0.0
     dtype: Dtype = "float32"
+    parallel: Parallel = "none"
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0

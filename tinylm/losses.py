@@ -73,7 +73,8 @@ def chunked_nats(how: How, chunks: int, head: Head, rows: Rows) -> tuple[Array, 
 
 
 def _cut(rows: Rows, chunks: int) -> Rows:
-    return jax.tree.map(lambda x: x.reshape(chunks, -1, *x.shape[1:]), rows)
+    """Every chunks-th row to a chunk, so that rows shared out to several devices stay where they are."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, chunks, *x.shape[1:]), 1, 0), rows)
 
 
 def _forward(how: How, chunks: int, head: Head, rows: Rows) -> tuple[tuple[Array, Array], tuple[Head, Array]]:
@@ -88,7 +89,10 @@ def _forward(how: How, chunks: int, head: Head, rows: Rows) -> tuple[tuple[Array
 
     zero = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), head)
     (total, slope), of_x = jax.lax.scan(add, ((jnp.float32(0), jnp.float32(0)), zero), _cut(rows, chunks))
-    return total, (jax.tree.map(lambda g, p: g.astype(p.dtype), slope, head), of_x.reshape(rows.x.shape))
+    return total, (
+        jax.tree.map(lambda g, p: g.astype(p.dtype), slope, head),
+        jnp.moveaxis(of_x, 0, 1).reshape(rows.x.shape),
+    )
 
 
 def _backward(how: How, chunks: int, saved: tuple[Head, Array], given: tuple[Array, Array]) -> tuple[Head, Rows]:

@@ -25,10 +25,10 @@ import numpy as np
 
 from tinylm import optim
 from tinylm.config import ConfigError, ModelConfig, TrainConfig
-from tinylm.data import Batch, Tokens
+from tinylm.data import Batch, Batches, Tokens, alike
 from tinylm.model import Transformer
 from tinylm.step import compiled_updates
-from tinylm.training import Batches, Interrupt, Step, Trainer, TrainingDiverged, alike, create
+from tinylm.training import Interrupt, Step, Trainer, TrainingDiverged, create
 
 KNOBS = ("weight_decay", "beta1", "beta2", "eps")  # of the recipe: arrays of one value per member
 FREE = (*KNOBS, "seed", "learning_rate", "schedule", "final", "warmup", "decay", "mask_rate", "documents")
@@ -49,7 +49,7 @@ class Population:
         self.members, self.dropped = list(members), list[Trainer]()
         self.outcome, self._ask = "running", False
         self._state: Any = None  # stacked while the loop runs; the members hold their own at all other times
-        for number, member in enumerate(self.members[1:], start=1):
+        for number, member in enumerate(self.members):
             if wrong := differences(self.members[0], member):
                 raise ConfigError(f"member {number} cannot take its steps together with member 0: {wrong}")
 
@@ -189,6 +189,8 @@ def differences(one: Trainer, other: Trainer) -> str:
     if wrong:
         values = ", ".join(f"{name} = {yours[name]!r} instead of {mine[name]!r}" for name in wrong)
         return f"{values}; members may differ in {', '.join(FREE)}"
+    if one.layout is not None:
+        return f"parallel = {one.config.parallel!r}: the members of a population share one device"
     same = one.graph == other.graph  # techniques and tokenizers are part of it
     return "" if same else "its model is built in another way"
 
@@ -226,5 +228,5 @@ def train_many(
     together = Population([Trainer(m, data, c, valid=valid) for m, c in zip(models, configs, strict=True)])
     for trainer, place in zip(together.members, places, strict=True):
         if place is not None:
-            trainer.run = create(trainer, place, data, valid)
+            trainer.run, trainer.kept = create(trainer, place, data, valid), True
     return together

@@ -18,6 +18,7 @@ from tinylm import optim
 from tinylm.data import Batch
 from tinylm.losses import Rows, head_nats
 from tinylm.model import Transformer
+from tinylm.spread import Layout
 from tinylm.weights import bind
 
 
@@ -92,13 +93,18 @@ def step_of(graph: Any, recipe: optim.Recipe, drops: bool) -> Callable:
 
 
 @functools.lru_cache(maxsize=32)  # so running a notebook's cells again compiles nothing
-def compiled_update(graph: Any, recipe: optim.Recipe, drops: bool) -> Callable:
+def compiled_update(graph: Any, recipe: optim.Recipe, drops: bool, layout: Layout | None = None) -> Callable:
     """The training step `(state, batches, rates, seed) -> (state, figures)`; the old state's buffers are reused.
 
     `batches` is a list of as many steps as are to be done in one call, in a loop on the device, `rates` their learning
     rates; `figures` holds an array of one value per step. How many share a call changes no bit of any result.
+    With a `layout` the state stays where that puts it.
     """
-    step = step_of(graph, recipe, drops)
+    plain = step_of(graph, recipe, drops)
+
+    def step(state: State, batch: Batch, rate: jax.Array, seed: jax.Array, knobs: dict[str, jax.Array]):
+        state, figures = plain(state, batch, rate, seed, knobs)
+        return (state, figures) if layout is None else (layout.keep(state), figures)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state: State, batches: list[Batch], rates: jax.Array, seed: jax.Array):
