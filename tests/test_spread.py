@@ -123,7 +123,7 @@ def test_what_cannot_be_shared_out_is_refused(data, tmp_path):
     process = start(3, data=data, train=CONFIG.replace(parallel="data"), out=tmp_path / "run")
     _, err = process.communicate(timeout=240)
     assert process.returncode != 0
-    assert "TrainConfig.batch = 8: 8 rows at a time cannot be shared out to 3 devices" in err
+    assert "TrainConfig.batch = 8: 8 rows at a time do not divide over 3 devices" in err
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match="parallel = 'model': must be one of none, data, fsdp"):
         CONFIG.replace(parallel="model")

@@ -64,9 +64,7 @@ def layout(config: TrainConfig) -> Layout | None:
     devices = jax.devices()
     rows, n = config.batch // config.accumulate, len(devices)
     if rows % n:
-        raise ConfigError(
-            f"TrainConfig.batch = {config.batch}: {rows} rows at a time cannot be shared out to {n} devices"
-        )
+        raise ConfigError(f"TrainConfig.batch = {config.batch}: {rows} rows at a time do not divide over {n} devices")
     if jax.process_count() > 1 and config.budget:
         raise ConfigError("TrainConfig.budget: clocks of several processes differ; set steps or tokens")
     return Layout(Mesh(np.array(devices), (AXIS,)), config.parallel == "fsdp")
