@@ -12,7 +12,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 from jaxtyping import install_import_hook
 
 # The rooms with shapes in their signatures.
-SHAPED = ("taps", "weights", "parts", "model", "optim", "step", "generation")
+SHAPED = ("taps", "weights", "parts", "model", "losses", "optim", "step", "generation")
 install_import_hook([f"tinylm.{room}" for room in SHAPED], "beartype.beartype")
 
 import pytest

@@ -174,7 +174,7 @@ def test_help_reads_well(command, capsys):
         (["train", "--text", "{text}", "--out", "{new}", "--steps", "3", "--budget", "9"], 1, "exactly one of steps"),
         (["train", "--text", "{text}", "--out", "{new}", "--budget", "soon"], 2, "no length of time"),
         (["train", "--text", "{text}", "--out", "{new}", "--dropout", "1.5"], 1, "dropout = 1.5"),
-        (["train", "--text", "{text}", "--out", "{new}", "--optimizer", "sgd"], 2, "invalid choice: 'sgd'"),
+        (["train", "--text", "{text}", "--out", "{new}", "--optimizer", "sdg"], 2, "invalid choice: 'sdg'"),
         (["train", "--out", "{new}"], 2, "required: --text"),
         (["resume", "nowhere"], 1, "nowhere"),
         (["evaluate", "{run}", "--text", "nowhere.txt"], 1, "nowhere.txt"),

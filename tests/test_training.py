@@ -196,6 +196,68 @@ def test_mlm_learns(tokens, tokenizer):
     assert np.mean(trainer.losses[-8:]) < np.mean(trainer.losses[:3]) - 0.3
 
 
+@pytest.mark.parametrize(("together", "log_every"), [(2, 10), (4, 10), (10, 30), (50, 7)])
+def test_steps_in_one_call_change_no_bit(together, log_every, reference, tokens, tokenizer):
+    trainer = train(fresh(tokenizer), tokens, CONFIG.replace(steps_per_call=together, log_every=log_every))
+    assert [step.step for step in trainer] == [*range(log_every, 30, log_every), 30]
+    assert trainer.losses == reference.losses
+    assert digest(trainer) == digest(reference)
+
+
+def test_steps_in_one_call_with_an_interrupt_and_masks(tokens, tokenizer, tmp_path):
+    """What is due inside a call is done at its step; a stopped run goes on exactly, also one step at a time."""
+    config = CONFIG.replace(steps=24, objective="mlm", mask_rate=0.2, accumulate=1, log_every=12, eval_every=8)
+    make = lambda: fresh(tokenizer, MODEL.replace(kind="encoder", head="mlm"))  # noqa: E731
+    alone = train(make(), tokens, config, valid=tokens)
+    for _ in alone:
+        pass
+    trainer = train(make(), tokens, config.replace(steps_per_call=6), valid=tokens, out=tmp_path / "run")
+    assert [step.step for step in trainer if step.step != 12 or trainer.stop()] == [8]
+    assert (trainer.step, trainer.outcome) == (12, "stopped")
+    trainer.run.close()
+    again = resume(tmp_path / "run", data=tokens, valid=tokens)
+    assert [(step.step, step.valid_loss is None) for step in again] == [(16, False), (24, False)]
+    assert trainer.losses + again.losses == alone.losses
+    assert digest(again) == digest(alone)
+    again.run.close()
+
+
+@pytest.mark.parametrize("settings", [{"ema": 0.9}, {"optimizer": "schedule_free", "schedule": "constant"}], ids=str)
+def test_averaged_weights_are_validated_handed_out_and_loaded(settings, tokens, tokenizer, tmp_path):
+    config = CONFIG.replace(steps=12, **settings)
+    trainer = train(fresh(tokenizer), tokens, config, valid=tokens, out=tmp_path / "run")
+    last = list(trainer)[-1]
+    average = trainer.state.opt.average
+    assert any((value != trainer.state.params[name]).any() for name, value in average.items())
+    for model in (trainer.model, load(tmp_path / "run")):
+        assert all((value == average[name]).all() for name, value in named(model).items())
+    batch = Windows(tokens, batch=4, length=32, seed=0)(0)
+    logp = np.asarray(jax.nn.log_softmax(trainer.model(batch.tokens)))
+    first = -np.take_along_axis(logp, batch.targets[..., None], -1).mean()
+    assert last.valid_loss == pytest.approx(first, rel=0.2)
+    again = train(fresh(tokenizer), tokens, config.replace(steps=12), out=tmp_path / "again")
+    for step in again:
+        if step.step == 5:
+            again.stop()
+    again.run.close()
+    again = resume(tmp_path / "again", data=tokens)
+    for _ in again:
+        pass
+    assert digest(again) == digest(trainer)
+    again.run.close()
+
+
+def test_frozen_parameters_do_not_move(tokens, tokenizer):
+    model = fresh(tokenizer)
+    before = {name: np.array(value) for name, value in named(model).items()}
+    for _ in train(model, tokens, CONFIG.replace(steps=3, rates=(r"blocks\..*=0",))):
+        pass
+    moved = {name for name, value in named(model).items() if (np.asarray(value) != before[name]).any()}
+    assert moved == {name for name in before if not name.startswith("blocks.")}
+    with pytest.raises(ConfigError, match="'blocs' matches no parameter"):
+        train(model, tokens, CONFIG.replace(rates=("blocs=0",)))
+
+
 def test_documents_keep_attention_inside_each(tokens, tokenizer):
     """What stands before a document changes nothing in it: the loss is that of the documents alone."""
     config = CONFIG.replace(steps=2, documents=True)

@@ -42,6 +42,8 @@ PUBLIC = {
     "Trainer": "training",
     "train": "training",
     "resume": "resuming",
+    "Population": "population",
+    "train_many": "population",
     "baselines": "yardsticks",
     "evaluate": "evaluation",
     "compare": "evaluation",

@@ -50,7 +50,7 @@ __all__ = [
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 FOREIGN = (".tlm", ".h5", ".msgpack", ".npz")
-PARAMS = "params."  # the part of a training state that is the model
+STATE = ("opt.average.", "params.")  # the part of a training state that is the model: its average, where there is one
 
 
 def save(model: Transformer, path: PathLike, *, format: str | None = None, **options: Any) -> Path:
@@ -168,7 +168,8 @@ def _load_file(path: Path) -> Transformer:
 
 
 def _from_run(run: Run, tensors: Mapping[str, Any]) -> Transformer:
-    params = {name.removeprefix(PARAMS): value for name, value in tensors.items() if name.startswith(PARAMS)}
+    where = next(part for part in STATE if any(name.startswith(part) for name in tensors))
+    params = {name.removeprefix(where): value for name, value in tensors.items() if name.startswith(where)}
     return _assemble(run.model, params, run.tokenizer, run.folder)
 
 

@@ -61,9 +61,10 @@ def cmd_tokens(args: argparse.Namespace) -> None:
 
 def cmd_train(args: argparse.Namespace) -> None:
     """Train a model on text, on token shards, or on the embedded world."""
+    from tinylm.data import require_fit
     from tinylm.model import Transformer
     from tinylm.presets import preset, vocab_for
-    from tinylm.training import require_fit, train
+    from tinylm.training import train
 
     out = new_folder(args.out)
     settings = chosen(args, TrainConfig)

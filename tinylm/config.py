@@ -7,8 +7,10 @@ layer to layer takes a tuple, repeated over the layers: `window=(0, 256)` altern
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
 import math
+import re
 import types
 import typing
 from typing import Any, Literal, Self, get_args
@@ -20,9 +22,13 @@ Position = Literal["rope", "learned", "none"]
 Kind = Literal["decoder", "encoder"]
 Head = Literal["tied", "untied", "mlm", "classes", "none"]
 Objective = Literal["next_token", "mlm"]
-Optimizer = Literal["adamw", "muon"]
+Optimizer = Literal[
+    "adamw", "muon", "schedule_free",
+    "nadam", "radam", "amsgrad", "adabelief", "yogi", "lamb", "lion", "adafactor", "rmsprop", "sgd",
+]  # fmt: skip
 Schedule = Literal["cosine", "wsd", "linear", "constant"]
 Dtype = Literal["float32", "bfloat16"]
+Parallel = Literal["none", "data", "fsdp"]
 Codec = Literal["raw", "planes"]
 
 GATED = ("swiglu", "geglu", "reglu")
@@ -37,6 +43,18 @@ def suggest(wrong: str, known: typing.Iterable[str]) -> str:
     known = list(known)
     close = difflib.get_close_matches(wrong, known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def path_rate(text: str) -> tuple[re.Pattern, float]:
+    """`"PATTERN=FACTOR"` in two. Raises ConfigError."""
+    pattern, equals, factor = text.rpartition("=")
+    try:
+        found = re.compile(pattern), float(factor)
+    except (re.error, ValueError):
+        found = None
+    if not (equals and pattern and found and 0 <= found[1] < math.inf):
+        raise ConfigError(f"TrainConfig.rates = {text!r}: write PATTERN=FACTOR, for example 'embed\\..*=0.5'")
+    return found
 
 
 class Config:
@@ -237,11 +255,13 @@ class TrainConfig(Config):
         budget: seconds of wall clock, compilation included; the schedule then follows the clock.
         batch: sequences per optimiser step.
         length: tokens per sequence; 0: the model's context.
+        steps_per_call: steps that run on the device in one go; more for models whose step is shorter than Python's.
         accumulate: the batch is computed in this many parts, one after the other.
         documents: attention and positions stay inside each document of a sequence, instead of running across.
         objective: "next_token", or "mlm" (mask_rate of the positions hidden: 80% mask, 10% random, 10% kept).
         mask_rate: share of positions that mlm predicts.
-        optimizer: "adamw", or "muon" (Muon for matrices inside the blocks, AdamW for the rest).
+        optimizer: "muon" (Muon for matrices inside the blocks, AdamW for the rest), "adamw", "schedule_free" (AdamW
+            that averages instead of a schedule), or another of optax's.
         learning_rate: its peak; 0.01 was best at widths 80 to 160 with muon; adamw, and wider models, want less.
         schedule: its shape after the warm-up; "wsd" is constant, then falls linearly.
         final: its last value as a share of the peak.
@@ -252,7 +272,12 @@ class TrainConfig(Config):
         eps: of Adam.
         weight_decay: decoupled, on matrices and embeddings, scaled by the learning rate.
         clip: largest global gradient norm; 0: off.
+        rates: "PATTERN=FACTOR", or several: parameters whose whole name matches the regular expression learn at this
+            multiple of the learning rate, 0 freezes them; the last that matches counts.
+        z_loss: weight of logsumexp(logits)^2 in the loss, which keeps logits from drifting; PaLM's is 1e-4. 0: off.
+        ema: decay of a moving average of the weights that is validated, handed out and loaded; 0: off.
         dtype: arithmetic of the forward and backward pass; weights and optimiser state stay float32.
+        parallel: "data" shares each batch out to all devices; "fsdp" splits weights and optimiser state over them too.
         seed: of the initial weights, the data order, the masks and dropout.
         log_every: steps between two lines of run.jsonl.
         eval_every: steps between validations; 0: at the end only.
@@ -267,6 +292,7 @@ class TrainConfig(Config):
     budget: float = 0.0
     batch: int = 8
     length: int = 0
+    steps_per_call: int = 1
     accumulate: int = 1
     documents: bool = False
     objective: Objective = "next_token"
@@ -282,7 +308,11 @@ class TrainConfig(Config):
     eps: float = 1e-8
     weight_decay: float = 0.1
     clip: float = 1.0
+    rates: tuple[str, ...] = ()
+    z_loss: float = 0.0
+    ema: float = 0.0
     dtype: Dtype = "float32"
+    parallel: Parallel = "none"
     seed: int = 0
     log_every: int = 10
     eval_every: int = 0
@@ -305,22 +335,47 @@ class TrainConfig(Config):
             "warmup",
             "weight_decay",
             "clip",
+            "z_loss",
             "eval_every",
             "save_every",
             "seed",
         ):
             self._require(getattr(self, field) >= 0, field, "must not be negative")
-        for field in ("batch", "accumulate", "log_every", "eval_batches", "keep"):
+        for field in ("batch", "steps_per_call", "accumulate", "log_every", "eval_batches", "keep"):
             self._require(getattr(self, field) >= 1, field, "must be at least 1")
         self._require(self.batch % self.accumulate == 0, "accumulate", f"must divide batch = {self.batch}")
         self._require(self.seed < 2**32, "seed", "must be below 2^32")
         self._require(self.learning_rate > 0, "learning_rate", "must be above 0")
         self._require(self.eps > 0, "eps", "must be above 0")
         self._require(0 < self.mask_rate < 1, "mask_rate", "must be between 0 and 1")
-        for field in ("beta1", "beta2"):
+        for field in ("beta1", "beta2", "ema"):
             self._require(0 <= getattr(self, field) < 1, field, "must be at least 0 and below 1")
         for field in ("final", "decay"):
             self._require(0 <= getattr(self, field) <= 1, field, "must be between 0 and 1")
+        if isinstance(self.rates, str):
+            object.__setattr__(self, "rates", (self.rates,))
+        texts = type(self.rates) is tuple and all(isinstance(r, str) for r in self.rates)
+        self._require(texts, "rates", "must be a tuple of texts")
+        for text in self.rates:
+            path_rate(text)
+        if self.optimizer == "schedule_free":
+            self._require(self.schedule == "constant", "schedule", 'schedule_free needs "constant"')
+            self._require(not self.ema, "ema", "schedule_free keeps an average of its own")
+
+    def grid(self, **settings: typing.Iterable[Any]) -> list[Self]:
+        """A config for every combination: `config.grid(seed=range(3), learning_rate=[1e-3, 3e-3])` gives six."""
+        names = list(settings)
+        return [
+            self.replace(**dict(zip(names, values, strict=True)))
+            for values in itertools.product(*map(list, settings.values()))
+        ]
+
+    def with_batch(self, batch: int) -> Self:
+        """The same run with another batch, its learning rate by the square-root rule (Malladi et al. 2022).
+
+        Steps are kept when `steps` ends the run: the number of tokens changes then.
+        """
+        return self.replace(batch=batch, learning_rate=self.learning_rate * math.sqrt(batch / self.batch))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

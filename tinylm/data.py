@@ -8,15 +8,20 @@ from __future__ import annotations
 import hashlib
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from tinylm.config import ConfigError, ModelConfig, TrainConfig
 from tinylm.shards import DataError, Tokens, check_tokens, write_tokens
+from tinylm.tokenizer import Tokenizer
 
-__all__ = ["Batch", "DataError", "Masked", "Rows", "Tokens", "Windows", "check_tokens", "permute", "write_tokens"]
+__all__ = [
+    "Batch", "Batches", "DataError", "Masked", "Rows", "Tokens", "Windows", "alike", "batches_of", "check_tokens",
+    "permute", "picking", "require_fit", "write_tokens",
+]  # fmt: skip
 
 
 class Batch(NamedTuple):
@@ -24,7 +29,7 @@ class Batch(NamedTuple):
 
     tokens: int32 inputs. targets: int32, what each position should predict. weights: float32 share of each position in
     the loss (None: all 1). positions: int32 (None: 0, 1, ...). segments: int32, attention stays inside equal numbers;
-    0 is padding (None: one segment).
+    0 is padding (None: one segment). picked: see `picking`.
     """
 
     tokens: np.ndarray
@@ -32,6 +37,31 @@ class Batch(NamedTuple):
     weights: np.ndarray | None = None
     positions: np.ndarray | None = None
     segments: np.ndarray | None = None
+    picked: np.ndarray | None = None
+
+
+def picking(batch: Batch, share: float, parts: int = 1) -> Batch:
+    """The batch with `picked`: which positions have weight, so that the head is computed for those alone.
+
+    (parts, P) int32, one row for each of `parts` equal parts of the batch, positions of the part counted row by row and
+    padded with their number. P is a multiple of an eighth of the part that a `share` of its positions hardly ever
+    exceeds (four standard deviations), so that one length is compiled, rarely two; where that would save nothing the
+    batch is given back as it is.
+    """
+    if batch.weights is None:
+        return batch
+    weights = batch.weights.reshape(parts, -1)
+    size = weights.shape[1]
+    eighth, usual = max(1, size // 8), share * size + 4 * (share * size) ** 0.5
+    most = max(int(np.count_nonzero(weights, axis=1).max()), usual)
+    room = math.ceil(most / eighth) * eighth
+    if room >= size:
+        return batch
+    picked = np.full((parts, room), size, np.int32)
+    for row, found in zip(picked, weights, strict=True):
+        at = np.flatnonzero(found)
+        row[: len(at)] = at
+    return batch._replace(picked=picked)
 
 
 ROUNDS = 6
@@ -249,3 +279,53 @@ class Masked:
         """Everything that decides the batches, json-able."""
         own = {"rate": self.rate, "mask": self.mask, "vocab": self.vocab, "keep": list(self.keep)}
         return {"kind": "masked", **own, "of": self.source.describe()}
+
+
+# --- from tokens and settings to batches -----------------------------------------------------------------------------
+
+Batches = Callable[[int], Batch]
+
+
+def require_fit(config: TrainConfig, model: ModelConfig) -> None:
+    """Raise ConfigError unless this model can be trained so."""
+    if config.length > model.context:
+        raise ConfigError(f"TrainConfig.length = {config.length} is longer than the model's context of {model.context}")
+    wanted = {"mlm": "an encoder", "next_token": "a decoder"}
+    if wanted[config.objective].split()[1] != model.kind:
+        other = next(name for name, kind in wanted.items() if kind.split()[1] == model.kind)
+        raise ConfigError(
+            f'objective "{config.objective}" needs {wanted[config.objective]}, and this model is {wanted[other]}: '
+            f'take objective "{other}", or another model'
+        )
+    if model.head in ("classes", "none"):
+        raise ConfigError(f'ModelConfig.head = "{model.head}" predicts no tokens: take "tied", "untied" or "mlm"')
+
+
+def batches_of(tokens: Tokens, config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer | None) -> Batches:
+    """The batches that `config.objective` asks for, over `tokens`.
+
+    Raises:
+        ConfigError: the tokens do not fit the model or the tokenizer.
+    """
+    if tokens.vocab > model.vocab:
+        raise ConfigError(
+            f"the data uses {tokens.vocab} token ids, the model knows {model.vocab}; set vocab={tokens.vocab}"
+        )
+    if tokenizer is not None and tokens.tokenizer_sha256 not in ("", tokenizer.sha256):  # "" is not known
+        raise ConfigError(
+            "the data was made with another tokenizer than the model's; make the tokens again with this one"
+        )
+    require_fit(config, model)
+    length = config.length or model.context
+    windows = Windows(tokens, batch=config.batch, length=length, seed=config.seed, documents=config.documents)
+    if config.objective == "next_token":
+        return windows
+    if tokenizer is None or tokenizer.mask is None:
+        raise ConfigError('objective "mlm" needs a tokenizer with a mask token; give one to the model')
+    keep = [i for i in (tokenizer.end, tokenizer.pad, tokenizer.cls, tokenizer.sep) if i is not None]
+    return Masked(windows, rate=config.mask_rate, mask=tokenizer.mask, vocab=tokenizer.vocab, keep=keep)
+
+
+def alike(one: Batch, other: Batch) -> bool:
+    """Whether two batches have the same fields and shapes, so that they can go to the device together."""
+    return all(np.shape(a) == np.shape(b) and (a is None) == (b is None) for a, b in zip(one, other, strict=True))

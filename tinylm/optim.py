@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from tinylm.config import TrainConfig
+from tinylm.config import ConfigError, TrainConfig, path_rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +24,16 @@ class Recipe:
     """The settings that are compiled into a training step; two runs with equal recipes share the compiled step."""
 
     optimizer: str
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
+    beta1: float | jax.Array  # arrays in a population whose members differ in it
+    beta2: float | jax.Array
+    eps: float | jax.Array
+    weight_decay: float | jax.Array
     clip: float
     dtype: str
     accumulate: int
+    z_loss: float = 0.0
+    ema: float = 0.0
+    rates: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, config: TrainConfig) -> Recipe:
@@ -57,27 +60,157 @@ def rate(config: TrainConfig, step: int, progress: float) -> float:
     return config.learning_rate * warm * (config.final + (1.0 - config.final) * shape)
 
 
-def groups(params: Mapping[str, Any], optimizer: str) -> dict[str, str]:
-    """Parameter name -> the rule that moves it: "muon" for the matrices inside the blocks, "adamw" for all else.
+class Group(NamedTuple):
+    """How a parameter is moved: by which rule, at which multiple of the learning rate, decayed or not."""
 
-    Embeddings and heads stay with AdamW because their rows are independent of each other, and Muon's orthogonal step
-    would couple them (Jordan et al. 2024).
+    rule: str
+    factor: float
+    decayed: bool
+
+
+def groups(params: Mapping[str, Any], recipe: Recipe) -> dict[str, Group]:
+    """Parameter name -> its group; every parameter has one.
+
+    Muon moves the matrices inside the blocks; embeddings and heads stay with AdamW, because their rows are independent
+    of each other and Muon's orthogonal step would couple them (Jordan et al. 2024). Matrices and embeddings are
+    decayed, norms and biases are not. `recipe.rates` holds "PATTERN=FACTOR" for whole names; the last that matches
+    counts.
+
+    Raises:
+        ConfigError: a pattern of `rates` matches no parameter.
     """
-    inside = lambda name, x: name.startswith("blocks.") and jnp.ndim(x) == 2  # noqa: E731
-    return {name: "muon" if optimizer == "muon" and inside(name, x) else "adamw" for name, x in params.items()}
+    factors = dict.fromkeys(params, 1.0)
+    for pattern, factor in map(path_rate, recipe.rates):
+        matched = [name for name in params if pattern.fullmatch(name)]
+        if not matched:
+            known = ", ".join(list(params)[:4])
+            raise ConfigError(f"TrainConfig.rates: {pattern.pattern!r} matches no parameter; they are {known}, ...")
+        factors |= dict.fromkeys(matched, factor)
+    muon = lambda name, x: recipe.optimizer == "muon" and name.startswith("blocks.") and jnp.ndim(x) == 2  # noqa: E731
+    other = "adamw" if recipe.optimizer == "muon" else recipe.optimizer
+    return {
+        name: Group("muon" if muon(name, x) else other, factors[name], jnp.ndim(x) >= 2) for name, x in params.items()
+    }
 
 
-def build(recipe: Recipe) -> optax.GradientTransformation:
-    """The update rule, without the learning rate: `params - rate * update`.
+class Rule(NamedTuple):
+    """An optimiser: `init(params) -> state`, and `update(grads, state, params, rate) -> (what to add, state)`.
+
+    A state with a field `average` holds other weights to evaluate and to keep than the ones that are trained.
+    """
+
+    init: Callable[[Any], Any]
+    update: Callable[[Any, Any, Any, jax.Array], tuple[Any, Any]]
+
+
+def evaluated(params: dict[str, Any], opt: Any) -> dict[str, Any]:
+    """The weights to validate, hand out and load: an average of the trained ones, where the optimiser keeps one."""
+    return getattr(opt, "average", params)
+
+
+def build(recipe: Recipe) -> Rule:
+    """The update rule of a recipe.
 
     AdamW (Loshchilov and Hutter 2019): decay is decoupled, on matrices and embeddings only. Muon (Jordan et al. 2024):
     momentum 0.95, Nesterov, five Newton-Schulz steps; its update is scaled to the root mean square an Adam step has,
     0.2 sqrt(larger side), so one learning rate serves both groups (Liu et al. 2025, section 2.2).
     """
-    adam = optax.scale_by_adam(recipe.beta1, recipe.beta2, recipe.eps)
-    rules = optax.partition({"adamw": adam, "muon": scale_by_muon()}, lambda params: groups(params, recipe.optimizer))
-    decayed = lambda params: {name: jnp.ndim(x) >= 2 for name, x in params.items()}  # noqa: E731
-    return optax.chain(rules, optax.add_decayed_weights(recipe.weight_decay, decayed))
+    if recipe.optimizer == "schedule_free":
+        rule = schedule_free(recipe)
+    else:
+        made = {name: make(recipe) for name, make in DIRECTIONS.items() if name in ("adamw", recipe.optimizer)}
+        label = lambda params: {name: group.rule for name, group in groups(params, recipe).items()}  # noqa: E731
+        decayed = lambda params: {name: group.decayed for name, group in groups(params, recipe).items()}  # noqa: E731
+        chain = optax.chain(optax.partition(made, label), optax.add_decayed_weights(recipe.weight_decay, decayed))
+
+        def update(grads: Any, state: Any, params: Any, rate: jax.Array) -> tuple[Any, Any]:
+            direction, state = chain.update(grads, state, params)
+            return scaled(direction, -rate, groups(params, recipe)), state
+
+        rule = Rule(chain.init, update)
+    return averaged(rule, recipe.ema) if recipe.ema else rule
+
+
+def scaled(direction: dict[str, Any], rate: jax.Array, by: Mapping[str, Group]) -> dict[str, Any]:
+    """Every array times the rate and its group's factor; a factor of 1 costs nothing and changes no bit."""
+    return {name: (rate if by[name].factor == 1 else rate * by[name].factor) * x for name, x in direction.items()}
+
+
+DIRECTIONS: dict[str, Callable[[Recipe], optax.GradientTransformation]] = {
+    "adamw": lambda r: optax.scale_by_adam(r.beta1, r.beta2, r.eps),
+    "muon": lambda r: scale_by_muon(),
+    "nadam": lambda r: optax.scale_by_adam(r.beta1, r.beta2, r.eps, nesterov=True),
+    "radam": lambda r: optax.scale_by_radam(r.beta1, r.beta2, r.eps),
+    "amsgrad": lambda r: optax.scale_by_amsgrad(r.beta1, r.beta2, r.eps),
+    "adabelief": lambda r: optax.scale_by_belief(r.beta1, r.beta2, r.eps),
+    "yogi": lambda r: optax.scale_by_yogi(r.beta1, r.beta2, r.eps),
+    "lamb": lambda r: optax.chain(optax.scale_by_adam(r.beta1, r.beta2, r.eps), optax.scale_by_trust_ratio()),
+    "lion": lambda r: optax.scale_by_lion(r.beta1, r.beta2),
+    "adafactor": lambda r: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
+    "rmsprop": lambda r: optax.scale_by_rms(r.beta2, r.eps),
+    "sgd": lambda r: optax.trace(r.beta1, nesterov=True),
+}
+"""What an optimiser does to a gradient before the learning rate; all but Muon are optax's, with its defaults."""
+
+
+class ScheduleFreeState(NamedTuple):
+    """Defazio et al. 2024: the sequence `fast` (z there), its `average` (x), the second moments, and two counters."""
+
+    fast: Any
+    average: Any
+    square: Any
+    weight: jax.Array
+    count: jax.Array
+
+
+def schedule_free(recipe: Recipe) -> Rule:
+    """Schedule-free AdamW (Defazio et al. 2024, algorithm 1): no schedule but a warm-up, and an average to evaluate.
+
+    Gradients are taken at y = (1 - beta1) z + beta1 x, which are the trained weights; z moves as Adam without momentum;
+    x averages z with weights rate^2. Decay acts at y.
+    """
+    b1, b2 = recipe.beta1, recipe.beta2
+
+    def init(params: Any) -> ScheduleFreeState:
+        copies = jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, params)  # three buffers, for donation
+        return ScheduleFreeState(*copies, jax.tree.map(jnp.zeros_like, params), jnp.float32(0), jnp.int32(0))
+
+    def update(grads: Any, state: ScheduleFreeState, params: Any, rate: jax.Array) -> tuple[Any, ScheduleFreeState]:
+        by, count = groups(params, recipe), state.count + 1
+        square = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.square, grads)
+        seen = 1 - b2**count
+        direction = jax.tree.map(lambda g, v: g / (jnp.sqrt(v / seen) + recipe.eps), grads, square)
+        decay = {name: recipe.weight_decay if group.decayed else 0.0 for name, group in by.items()}
+        direction = {name: d + decay[name] * params[name] for name, d in direction.items()}
+        fast = jax.tree.map(jnp.add, state.fast, scaled(direction, -rate, by))
+        weight = state.weight + rate**2
+        share = jnp.where(weight > 0, rate**2 / jnp.maximum(weight, 1e-30), 1.0)
+        average = jax.tree.map(lambda x, z: (1 - share) * x + share * z, state.average, fast)
+        change = jax.tree.map(lambda z, x, y: (1 - b1) * z + b1 * x - y, fast, average, params)
+        return change, ScheduleFreeState(fast, average, square, weight, count)
+
+    return Rule(init, update)
+
+
+class Averaged(NamedTuple):
+    """The state of a rule, and an exponential moving average of the weights."""
+
+    inner: Any
+    average: Any
+
+
+def averaged(rule: Rule, decay: float) -> Rule:
+    """`rule`, with an exponential moving average of the weights beside it, which starts at the initial weights."""
+
+    def init(params: Any) -> Averaged:
+        return Averaged(rule.init(params), jax.tree.map(jnp.copy, params))
+
+    def update(grads: Any, state: Averaged, params: Any, rate: jax.Array) -> tuple[Any, Averaged]:
+        change, inner = rule.update(grads, state.inner, params, rate)
+        average = jax.tree.map(lambda a, p, u: decay * a + (1 - decay) * (p + u), state.average, params, change)
+        return change, Averaged(inner, average)
+
+    return Rule(init, update)
 
 
 class MuonState(NamedTuple):

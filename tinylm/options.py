@@ -59,6 +59,8 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Config], title: str, 
             options = {"choices": typing.get_args(kind)}
         elif tuple in {typing.get_origin(k) for k in typing.get_args(kind)}:  # one value, or one per layer in turn
             options = {"type": scalar(typing.get_args(kind)[0]), "nargs": "+", "metavar": "X"}
+        elif typing.get_origin(kind) is tuple:
+            options = {"type": str, "nargs": "+", "metavar": "X"}
         if field.name == "budget":
             options = {"type": duration, "metavar": "TIME"}
         shown = "" if field.default in (None, 0, 0.0) else f" (default {field.default})"

@@ -9,8 +9,9 @@ from typing import Any
 
 from tinylm.checkpoint import Run, StateMismatch, load
 from tinylm.config import ConfigError
+from tinylm.data import Batches
 from tinylm.shards import Tokens
-from tinylm.training import Batches, Step, Tracker, Trainer
+from tinylm.training import Step, Tracker, Trainer
 
 
 def resume(

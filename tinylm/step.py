@@ -5,6 +5,7 @@ The slow twin is a few lines of optax written out plainly in the tests; both mus
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +16,9 @@ import optax
 
 from tinylm import optim
 from tinylm.data import Batch
+from tinylm.losses import Rows, head_nats
 from tinylm.model import Transformer
+from tinylm.spread import Layout
 from tinylm.weights import bind
 
 
@@ -30,24 +33,32 @@ class State(NamedTuple):
     """Set by the first step that was not finite; no later step changes anything."""
 
 
-def cross_entropy(model: Transformer, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Summed cross-entropy in nats, and the summed weights of the predicted tokens."""
-    logits = model(batch.tokens, positions=batch.positions, segments=batch.segments, key=key)
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), batch.targets)
-    if batch.weights is None:
-        return nats.sum(), jnp.float32(nats.size)
-    return (nats * batch.weights).sum(), batch.weights.sum()
+def cross_entropy(
+    model: Transformer, batch: Batch, key: jax.Array | None, z_loss: float = 0.0
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """The sum to minimise (cross-entropy plus z-loss); the summed cross-entropy in nats, and its summed weights."""
+    x, _ = model.trunk(batch.tokens, positions=batch.positions, segments=batch.segments, key=key)
+    targets = jnp.asarray(batch.targets).reshape(-1)
+    weights = jnp.ones(targets.shape) if batch.weights is None else jnp.asarray(batch.weights).reshape(-1)
+    x = x.reshape(-1, x.shape[-1])
+    if batch.picked is not None:
+        at = jnp.asarray(batch.picked).reshape(-1)
+        x, targets = (y.at[at].get(mode="clip") for y in (x, targets))
+        weights = weights.at[at].get(mode="fill", fill_value=0)
+    total, nats = head_nats(model, Rows(x, targets, weights.astype(jnp.float32)), z_loss)
+    return total, (nats, jnp.float32(weights.size) if batch.weights is None else weights.sum())
 
 
-@functools.lru_cache(maxsize=32)  # so running a notebook's cells again compiles nothing
-def compiled_update(graph: Any, recipe: optim.Recipe, drops: bool) -> Callable:
-    """The training step `(state, batch, rate, seed) -> (state, figures)`; the old state's buffers are reused."""
-    rule = optim.build(recipe)
+def step_of(graph: Any, recipe: optim.Recipe, drops: bool) -> Callable:
+    """One training step `(state, batch, rate, seed, knobs) -> (state, figures)`, to be compiled.
+
+    `knobs` are settings of the recipe as arrays, for members of a population that differ in them; usually none.
+    """
     dtype = jnp.dtype(recipe.dtype)
 
-    def loss(params: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def loss(params: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         compute = jax.tree.map(lambda p: p.astype(dtype), params)  # float32 masters, `dtype` arithmetic
-        return cross_entropy(bind(graph, compute), batch, key if drops else None)
+        return cross_entropy(bind(graph, compute), batch, key if drops else None, recipe.z_loss)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -59,23 +70,62 @@ def compiled_update(graph: Any, recipe: optim.Recipe, drops: bool) -> Callable:
         def add(total, part):
             return jax.tree.map(jnp.add, total, gradient(params, *part)), None
 
-        zero = ((jnp.float32(0), jnp.float32(0)), jax.tree.map(jnp.zeros_like, params))
+        one = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], (parts, keys)))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
         return jax.lax.scan(add, zero, (parts, keys))[0]
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def update(state: State, batch: Batch, rate: jax.Array, seed: jax.Array):
+    def step(state: State, batch: Batch, rate: jax.Array, seed: jax.Array, knobs: dict[str, jax.Array]):
+        rule = optim.build(dataclasses.replace(recipe, **knobs))
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (nats, weight), grads = (in_parts if recipe.accumulate > 1 else gradient)(state.params, batch, key)
+        (_, (nats, weight)), grads = (in_parts if recipe.accumulate > 1 else gradient)(state.params, batch, key)
         # An MLM batch of very short texts may hide nothing: no weight is no gradient, not a division by zero.
         weight = jnp.maximum(weight, 1e-9)
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.tree.norm(grads)
         halted = state.halted | ~(jnp.isfinite(nats) & jnp.isfinite(norm))
-        change, opt = rule.update(optim.clipped(grads, norm, recipe.clip), state.opt, state.params)
-        new = State(jax.tree.map(lambda p, u: p - rate * u, state.params, change), opt, state.step + 1, halted)
+        change, opt = rule.update(optim.clipped(grads, norm, recipe.clip), state.opt, state.params, rate)
+        new = State(jax.tree.map(jnp.add, state.params, change), opt, state.step + 1, halted)
         old = state._replace(halted=halted)
         new = jax.tree.map(lambda a, b: jnp.where(halted, a, b), old, new)
         return new, {"loss": nats / weight, "grad_norm": norm, "halted": halted}
+
+    return step
+
+
+@functools.lru_cache(maxsize=32)  # so running a notebook's cells again compiles nothing
+def compiled_update(graph: Any, recipe: optim.Recipe, drops: bool, layout: Layout | None = None) -> Callable:
+    """The training step `(state, batches, rates, seed) -> (state, figures)`; the old state's buffers are reused.
+
+    `batches` is a list of as many steps as are to be done in one call, in a loop on the device, `rates` their learning
+    rates; `figures` holds an array of one value per step. How many share a call changes no bit of any result.
+    With a `layout` the state stays where that puts it.
+    """
+    plain = step_of(graph, recipe, drops)
+
+    def step(state: State, batch: Batch, rate: jax.Array, seed: jax.Array, knobs: dict[str, jax.Array]):
+        state, figures = plain(state, batch, rate, seed, knobs)
+        return (state, figures) if layout is None else (layout.keep(state), figures)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state: State, batches: list[Batch], rates: jax.Array, seed: jax.Array):
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
+        return jax.lax.scan(lambda state, given: step(state, *given, seed, {}), state, (stacked, rates))
+
+    return update
+
+
+@functools.lru_cache(maxsize=32)
+def compiled_updates(graph: Any, recipe: optim.Recipe, drops: bool) -> Callable:
+    """The same for N models at once: arrays of state, batches, seeds and knobs have N in front, rates are (steps N).
+
+    `knobs` are settings of the recipe that differ from member to member; figures are (steps N).
+    """
+    every = jax.vmap(step_of(graph, recipe, drops))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state: State, batches: list[Batch], rates: jax.Array, seeds: jax.Array, knobs: dict[str, jax.Array]):
+        stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
+        return jax.lax.scan(lambda state, given: every(state, *given, seeds, knobs), state, (stacked, rates))
 
     return update
 
@@ -83,4 +133,4 @@ def compiled_update(graph: Any, recipe: optim.Recipe, drops: bool) -> Callable:
 @functools.lru_cache(maxsize=32)
 def compiled_loss(graph: Any) -> Callable:
     """`(params, batch) -> (summed nats, summed weights)`, without dropout."""
-    return jax.jit(lambda params, batch: cross_entropy(bind(graph, params), batch, None))
+    return jax.jit(lambda params, batch: cross_entropy(bind(graph, params), batch, None)[1])

@@ -29,14 +29,12 @@ import numpy as np
 
 from tinylm import optim
 from tinylm.checkpoint import Run, require_match
-from tinylm.config import ConfigError, ModelConfig, TrainConfig
-from tinylm.data import Batch, DataError, Masked, Tokens, Windows
+from tinylm.config import ConfigError, TrainConfig
+from tinylm.data import Batch, Batches, DataError, Tokens, alike, batches_of, picking
 from tinylm.model import Transformer
+from tinylm.spread import anyone, gathered, layout, leads
 from tinylm.step import State, compiled_loss, compiled_update
-from tinylm.tokenizer import Tokenizer
 from tinylm.weights import assign, pure
-
-Batches = Callable[[int], Batch]
 
 
 class TrainingDiverged(RuntimeError):
@@ -100,46 +98,6 @@ class NoTracker:
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
-
-
-def require_fit(config: TrainConfig, model: ModelConfig) -> None:
-    """Raise ConfigError unless this model can be trained so."""
-    if config.length > model.context:
-        raise ConfigError(f"TrainConfig.length = {config.length} is longer than the model's context of {model.context}")
-    wanted = {"mlm": "an encoder", "next_token": "a decoder"}
-    if wanted[config.objective].split()[1] != model.kind:
-        other = next(name for name, kind in wanted.items() if kind.split()[1] == model.kind)
-        raise ConfigError(
-            f'objective "{config.objective}" needs {wanted[config.objective]}, and this model is {wanted[other]}: '
-            f'take objective "{other}", or another model'
-        )
-    if model.head in ("classes", "none"):
-        raise ConfigError(f'ModelConfig.head = "{model.head}" predicts no tokens: take "tied", "untied" or "mlm"')
-
-
-def batches_of(tokens: Tokens, config: TrainConfig, model: ModelConfig, tokenizer: Tokenizer | None) -> Batches:
-    """The batches that `config.objective` asks for, over `tokens`.
-
-    Raises:
-        ConfigError: the tokens do not fit the model or the tokenizer.
-    """
-    if tokens.vocab > model.vocab:
-        raise ConfigError(
-            f"the data uses {tokens.vocab} token ids, the model knows {model.vocab}; set vocab={tokens.vocab}"
-        )
-    if tokenizer is not None and tokens.tokenizer_sha256 not in ("", tokenizer.sha256):  # "" is not known
-        raise ConfigError(
-            "the data was made with another tokenizer than the model's; make the tokens again with this one"
-        )
-    require_fit(config, model)
-    length = config.length or model.context
-    windows = Windows(tokens, batch=config.batch, length=length, seed=config.seed, documents=config.documents)
-    if config.objective == "next_token":
-        return windows
-    if tokenizer is None or tokenizer.mask is None:
-        raise ConfigError('objective "mlm" needs a tokenizer with a mask token; give one to the model')
-    keep = [i for i in (tokenizer.end, tokenizer.pad, tokenizer.cls, tokenizer.sep) if i is not None]
-    return Masked(windows, rate=config.mask_rate, mask=tokenizer.mask, vocab=tokenizer.vocab, keep=keep)
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -215,18 +173,20 @@ class Trainer:
         self.steps = config.steps or -(-config.tokens // self.tokens_per_step)  # 0: the clock decides
         self.graph, params = pure(model)
         self.recipe = optim.Recipe.of(config)
-        self.update = compiled_update(self.graph, self.recipe, model.config.dropout > 0)
+        self.layout = layout(config)
+        self.update = compiled_update(self.graph, self.recipe, model.config.dropout > 0, self.layout)
         params = jax.tree.map(jnp.copy, params)  # the step reuses their buffers; the model keeps its own
-        self.state = State(params, optim.build(self.recipe).init(params), jnp.int32(0), jnp.bool_(False))
+        self.state = self._placed(State(params, optim.build(self.recipe).init(params), jnp.int32(0), jnp.bool_(False)))
         self.step, self.seconds = 0, 0.0
         self.history: list[Step] = []
         self.losses: list[float] = []
         self.outcome, self.signal = "running", 0
         self.last_error: OSError | None = None
         self.watched: dict[str, Any] = {}
+        self.kept = run is not None  # by some process, if not by this one
         self._ask, self._over = False, False
         self._clock: float | None = None
-        self._flying: collections.deque[tuple[int, float, dict]] = collections.deque()
+        self._flying: collections.deque[tuple[int, float, int, Callable[[], dict]]] = collections.deque()
         self._rates: collections.deque[tuple[float, int]] = collections.deque()
         self._saved_at, self._save_cost, self._saved_step = 0.0, 0.0, -1
 
@@ -266,12 +226,12 @@ class Trainer:
         self.tracker.start({"model": self.model.config.to_dict(), "train": self.config.to_dict()})
         with Interrupt() as interrupt:
             try:
-                while not (self._over or interrupt.asked or self._ask):
-                    self._launch()
+                while not (self._over or self._stops(interrupt)):
+                    sent = self._launch()
                     due = self._due(interrupt)
-                    # At most two steps are in flight, so an interrupt waits for no more; what is due needs all of them
+                    # At most two calls are in flight, so an interrupt waits for no more; what is due needs all of them
                     # landed, so that it sees the state of exactly this step.
-                    while len(self._flying) > (0 if due else 1):
+                    while len(self._flying) > (0 if due else sent):
                         step = self._land()
                         yield self._note(step) if due and not self._flying else step
                 while self._flying:
@@ -282,13 +242,45 @@ class Trainer:
             finally:
                 self._finish()
 
-    def _launch(self) -> None:
-        """Send one step to the device; it runs while Python goes on."""
-        rate = optim.rate(self.config, self.step, self.progress)
-        batch = self.batches(self.step)
-        self.state, figures = self.update(self.state, batch, np.float32(rate), np.uint32(self.config.seed))
-        self.step += 1
-        self._flying.append((self.step, rate, figures))
+    def _launch(self) -> int:
+        """Send the next steps to the device, which works while Python goes on; returns how many."""
+        progress, batches = self.progress, [self._batch(self.step)]
+        for step in range(self.step + 1, self.step + self._steps_together()):
+            batches.append(self._batch(step))
+            if not alike(*batches[-2:]):  # a step's arithmetic depends on its own batch alone, never on its neighbours
+                batches.pop()
+                break
+        count = len(batches)
+        steps = range(self.step, self.step + count)
+        rates = [optim.rate(self.config, step, step / self.steps if self.steps else progress) for step in steps]
+        given = np.array(rates, np.float32), np.uint32(self.config.seed)
+        self.state, figures = self.update(self.state, batches, *given)
+        fetched = functools.cache(lambda: jax.device_get(figures))
+        self._flying += [(step + 1, rate, i, fetched) for i, (step, rate) in enumerate(zip(steps, rates, strict=True))]
+        self.step += count
+        return count
+
+    def _stops(self, interrupt: Interrupt) -> bool:
+        """Whether the loop was asked to end; several processes agree on it, where they log."""
+        asked = bool(interrupt.asked or self._ask)
+        return asked if jax.process_count() == 1 else self.step % self.config.log_every == 0 and anyone(asked)
+
+    def _placed(self, state: State) -> State:
+        return state if self.layout is None else self.layout.place(state)
+
+    def _batch(self, step: int) -> Batch:
+        return self._picked(self.batches(step), self.config.accumulate)
+
+    def _picked(self, batch: Batch, parts: int) -> Batch:
+        if self.layout is not None:
+            return self.layout.batch(batch)
+        return picking(batch, self.config.mask_rate if self.config.objective == "mlm" else 1.0, parts)
+
+    def _steps_together(self) -> int:
+        """At most `steps_per_call`, and not beyond a step after which something is due."""
+        ends = [self.config.log_every, self.config.eval_every] if self.config.steps_per_call > 1 else []
+        left = [every - self.step % every for every in ends if every]
+        return min([self.config.steps_per_call, *left, *([self.steps - self.step] if self.steps else [])])
 
     def _due(self, interrupt: Interrupt) -> bool:
         """Whether the newest step is to be logged, validated or saved; here, and only here, it becomes the last one."""
@@ -298,15 +290,17 @@ class Trainer:
             self.step % self.config.log_every == 0
             or (every and self.step % every == 0)
             or self._over
-            or interrupt.asked
-            or self._ask
+            or self._stops(interrupt)
             or self._save_is_due()
         )
 
     def _land(self) -> Step:
         """Wait for the oldest step in flight and take its figures."""
-        number, learning_rate, figures = self._flying.popleft()
-        figures = jax.device_get(figures)
+        number, learning_rate, index, fetched = self._flying.popleft()
+        return self._taken(number, learning_rate, {name: values[index] for name, values in fetched().items()})
+
+    def _taken(self, number: int, learning_rate: float, figures: dict[str, Any]) -> Step:
+        """A step from its number and figures. Raises TrainingDiverged."""
         if figures["halted"]:
             self._diverge(number, figures)
         self.losses.append(float(figures["loss"]))
@@ -347,7 +341,7 @@ class Trainer:
     def _diverge(self, number: int, figures: dict) -> None:
         self._flying.clear()
         self.step = int(self.state.step)
-        self.state = self.state._replace(halted=jnp.bool_(False))
+        self.state = self._placed(self.state._replace(halted=jnp.bool_(False)))
         self.outcome = "diverged"
         indices = getattr(self.batches, "indices", None)
         where = "" if indices is None else f" on windows {', '.join(map(str, indices(number - 1)[:8]))}, ..."
@@ -369,7 +363,7 @@ class Trainer:
         self.seconds, self._clock = self.elapsed, None
         self.sync()
         try:
-            if self.run is not None and self._saved_step != self.step:
+            if self.kept and self._saved_step != self.step:
                 self.save()
             if self.run is not None and self.outcome == "done":
                 self.run.close()  # so that it can be resumed from this very process
@@ -380,13 +374,15 @@ class Trainer:
 
     def sync(self) -> None:
         """Give the model the current weights (copies: the loop goes on with its own)."""
-        assign(self.model, jax.tree.map(jnp.copy, self.state.params))
+        params = optim.evaluated(self.state.params, self.state.opt)
+        assign(self.model, jax.tree.map(jnp.copy, params if self.layout is None else gathered(params)))
 
     def validate(self) -> dict[str, float]:
         """Nats per token on `eval_batches` fixed validation batches, and bits per byte where the bytes are known."""
         assert self.valid is not None
         loss = compiled_loss(self.graph)
-        sums = [loss(self.state.params, self.valid(i)) for i in range(self.config.eval_batches)]
+        params = optim.evaluated(self.state.params, self.state.opt)
+        sums = [loss(params, self._picked(self.valid(i), 1)) for i in range(self.config.eval_batches)]
         nats, weight = (float(sum(part)) for part in zip(*sums, strict=True))
         found = {"valid_loss": nats / weight}
         if self.valid_bytes and self.config.objective == "next_token":
@@ -396,8 +392,8 @@ class Trainer:
     def tensors(self) -> dict[str, np.ndarray]:
         """The whole state by name: `params.*`, `opt.*`, `step`."""
         state = {"params": self.state.params, "opt": self.state.opt, "step": self.state.step}
-        leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-        return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
+        leaves, _ = jax.tree_util.tree_flatten_with_path(gathered(state))
+        return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
     def adopt(self, tensors: dict[str, np.ndarray], seconds: float = 0.0) -> None:
         """Go on from a state that `tensors` gave. Raises StateMismatch, naming the differences, and changes nothing."""
@@ -406,25 +402,30 @@ class Trainer:
         leaves, shape = jax.tree_util.tree_flatten_with_path(template)
         names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
         state = jax.tree_util.tree_unflatten(shape, [jnp.array(tensors[name]) for name in names])
-        self.state = State(**state, halted=jnp.bool_(False))
+        self.state = self._placed(State(**state, halted=jnp.bool_(False)))
         self.step, self.seconds, self._saved_at, self._saved_step = int(tensors["step"]), seconds, seconds, -1
         self.sync()
 
-    def save(self) -> Path:
-        """Write a checkpoint of the newest state now. Raises OSError from the disk, ValueError without `out`."""
-        if self.run is None:
+    def save(self) -> Path | None:
+        """Write a checkpoint of the newest state now; of several processes all must ask, and the first writes.
+
+        Raises OSError from the disk, ValueError without `out`.
+        """
+        if not self.kept:
             raise ValueError('this training has no folder: give train(..., out="runs/name")')
-        begun = time.perf_counter()
-        path = self.run.save(self.step, self.tensors(), {"seconds": self.elapsed})
-        self.run.prune(self.config.keep)
+        begun, tensors, path = time.perf_counter(), self.tensors(), None
+        if self.run is not None:
+            path = self.run.save(self.step, tensors, {"seconds": self.elapsed}, codec=self.config.codec)
+            self.run.prune(self.config.keep)
         self._saved_step, self._saved_at, self._save_cost = self.step, self.elapsed, time.perf_counter() - begun
         return path
 
     def _save_is_due(self) -> bool:
         """Saving takes at most one percent of the time, however slow the disk."""
-        if self.run is None or not self.config.save_every:
+        if not (self.kept and self.config.save_every):
             return False
-        return self.elapsed - self._saved_at >= max(self.config.save_every, 100 * self._save_cost)
+        due = self.elapsed - self._saved_at >= max(self.config.save_every, 100 * self._save_cost)
+        return due if jax.process_count() == 1 else self.step % self.config.log_every == 0 and anyone(due)
 
     def _save_or_warn(self) -> None:
         try:
@@ -459,9 +460,15 @@ def train(
     """
     trainer = Trainer(model, data, config, valid=valid, tracker=tracker)
     if out is not None:
-        about = {"train": describe(data, Path(out)), "valid": describe(valid, Path(out))}
-        trainer.run = Run.create(out, model=model.config, train=config, tokenizer=model.tokenizer, data=about)
+        trainer.run, trainer.kept = create(trainer, Path(out), data, valid) if leads() else None, True
     return trainer
+
+
+def create(trainer: Trainer, out: Path, data: Tokens | Batches, valid: Tokens | Batches | None) -> Run:
+    """The new folder of a trainer's run."""
+    about = {"train": describe(data, out), "valid": describe(valid, out)}
+    model = trainer.model
+    return Run.create(out, model=model.config, train=trainer.config, tokenizer=model.tokenizer, data=about)
 
 
 def describe(data: Tokens | Batches | None, out: Path) -> dict[str, Any] | None:
