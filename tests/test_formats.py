@@ -39,7 +39,7 @@ def model(tokenizer):
 
 def written(model, folder, name):
     """Without rounding, so that what is read back can be compared bit for bit."""
-    options = {"gguf": {"dtype": "f32"}}.get(name, {})
+    options = {"gguf": {"dtype": "float32"}}.get(name, {})
     return save(model, folder / TARGETS[name], format=name, **options)
 
 

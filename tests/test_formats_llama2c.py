@@ -229,10 +229,10 @@ def test_the_tokenizer_beside_the_model(tmp_path, own):
     assert found.vocab == 300
     tokenizer_path(path).write_bytes(wrong)
     assert llama2c.read(path).tokenizer == found, "the first that fits"
-    assert llama2c.read(path, own).tokenizer is own
-    assert llama2c.read(path, tmp_path / "tokenizer.bin.gz").tokenizer == found
+    assert llama2c.read(path, tokenizer=own).tokenizer is own
+    assert llama2c.read(path, tokenizer=tmp_path / "tokenizer.bin.gz").tokenizer == found
     with pytest.raises(FormatError, match="more ids than the model"):
-        llama2c.read(path, Tokenizer.train(STORIES * 20, vocab=310))
+        llama2c.read(path, tokenizer=Tokenizer.train(STORIES * 20, vocab=310))
 
 
 # ---- refusals
@@ -294,8 +294,8 @@ def sources(tmp_path, own):
     made, found = model(tokenizer=own, layers=1), {}
     for version in (0, 1, 2):
         raw = llama2c.write(made, tmp_path / "m.bin", version=version).read_bytes()
-        found[f"v{version}.bin"] = (raw, lambda path: llama2c.read(path, own))
-    found["v0.bin.gz"] = (gzip.compress(found["v0.bin"][0], mtime=0), lambda path: llama2c.read(path, own))
+        found[f"v{version}.bin"] = (raw, lambda path: llama2c.read(path, tokenizer=own))
+    found["v0.bin.gz"] = (gzip.compress(found["v0.bin"][0], mtime=0), lambda path: llama2c.read(path, tokenizer=own))
     vocabulary = tokenizer_path(tmp_path / "m.bin").read_bytes()
     spaced = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % b for b in range(256)), b"a", b"b", b"ab", b" "]
     raw = struct.pack("<i", 6) + b"".join(struct.pack("<fi", -i, len(t)) + t for i, t in enumerate(spaced))

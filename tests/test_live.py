@@ -22,6 +22,7 @@ import pytest
 from tinylm import live, show
 from tinylm import training as trains
 from tinylm.config import ModelConfig, TrainConfig
+from tinylm.data import Windows
 from tinylm.live import TerminalView, Watch, fit
 from tinylm.model import Transformer
 from tinylm.shards import Tokens
@@ -265,7 +266,7 @@ def test_the_event_loop_runs_between_steps(data):
 
 
 def test_errors_of_the_training_reach_the_caller(data):
-    windows = trains.Windows(data, batch=2, length=16)
+    windows = Windows(data, batch=2, length=16)
 
     def batches(step):
         if step == 5:

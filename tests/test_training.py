@@ -402,8 +402,8 @@ def test_ctrl_c_at_any_moment_leaves_an_exact_state(reference, tokens, tokenizer
     trainer, rng, interrupts = train(fresh(tokenizer), tokens, CONFIG), random.Random(5), 0
     while trainer.outcome != "done":
         timer = threading.Timer(rng.random() * 0.05, os.kill, (os.getpid(), signal.SIGINT))
-        timer.start()
         try:
+            timer.start()  # waits for its thread, and the signal may come meanwhile
             for _ in trainer:
                 pass
             timer.cancel()

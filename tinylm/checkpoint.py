@@ -90,16 +90,22 @@ def _save(model: Transformer, folder: Path, *, codec: Codec = "raw") -> Path:
     return folder
 
 
-def load(path: PathLike) -> Transformer:
+def load(path: PathLike, **options: Any) -> Transformer:
     """The model in a folder made by `save`, in a run folder (newest sound checkpoint), in one step's file of a run, or
     of another program: a folder of Hugging Face's transformers, llama2.c's .bin, a .gguf, or `hf:NAME/REPO` of the hub.
+
+    `options` are those of a foreign format, such as `tokenizer="tok512.bin"` for a llama2.c file without one beside it.
 
     Warns when damaged checkpoints were passed over. Raises FileNotFoundError (nothing there), ValueError (another kind
     of file, with what to do), CheckpointDamaged, StateMismatch (weights that are not this config's), ConfigError.
     """
     if str(path).startswith(formats.HUB):
-        return formats.read(path)
+        return formats.read(path, **options)
     path = Path(path)
+    if path.is_file() and formats.format_of(path):
+        return formats.read(path, **options)
+    if options:
+        raise TypeError(f"{path} is loaded without options; {', '.join(options)} belong to another program's files")
     if path.is_file():
         return _load_file(path)
     if not path.is_dir():
@@ -153,8 +159,6 @@ def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
 
 def _load_file(path: Path) -> Transformer:
     suffix, home = path.suffix.lower(), path.absolute().parent
-    if formats.format_of(path):
-        return formats.read(path)
     if path.name == "model.safetensors" and (home / "config.json").exists():
         return load(home)
     if STEP.fullmatch(path.name) and home.name == "checkpoints" and (home.parent / "config.json").exists():

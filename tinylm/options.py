@@ -57,6 +57,8 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Config], title: str, 
         options: dict[str, Any] = {"type": scalar(kind), "metavar": "X"}
         if typing.get_origin(kind) is typing.Literal:
             options = {"choices": typing.get_args(kind)}
+            if len(options["choices"]) > 6:
+                options["metavar"] = "NAME"
         elif tuple in {typing.get_origin(k) for k in typing.get_args(kind)}:  # one value, or one per layer in turn
             options = {"type": scalar(typing.get_args(kind)[0]), "nargs": "+", "metavar": "X"}
         elif typing.get_origin(kind) is tuple:
@@ -64,7 +66,8 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Config], title: str, 
         if field.name == "budget":
             options = {"type": duration, "metavar": "TIME"}
         shown = "" if field.default in (None, 0, 0.0) else f" (default {field.default})"
-        text = help_of[field.name].rstrip(".").replace("%", "%%") + shown
+        named = f": {', '.join(options['choices'])}" if options.get("metavar") == "NAME" else ""
+        text = help_of[field.name].rstrip(".").replace("%", "%%") + named + shown
         group.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, help=text, **options)
 
 

@@ -25,6 +25,7 @@ from tinylm.weights import named
 
 LAYERS = 512  # llama.cpp has room for no more
 FILE_TYPES = {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32, "tq1_0": 36, "tq2_0": 37}  # general.file_type
+SHORT = {"float32": "f32", "float16": "f16", "bfloat16": "bf16"}  # the names used elsewhere in the kit
 EXACT = ("position_embd.weight", "token_types.weight")  # tables of these stay float32, as in llama.cpp's own files
 
 
@@ -297,8 +298,9 @@ def write(
 
     Args:
         model: a decoder or an encoder that one of `ARCHITECTURES` can say. path: the file, replaced whole.
-        dtype: of the matrices inside the blocks: "f32", "f16", "bf16", "q8_0", "tq1_0" or "tq2_0". The ternary types
-            are exact: each 256 weights of a row must be -d, 0 or d with d a float16.
+        dtype: of the matrices inside the blocks: "float32", "float16", "bfloat16" (or GGUF's "f32", "f16", "bf16"),
+            "q8_0", "tq1_0" or "tq2_0". The ternary types are exact: each 256 weights of a row must be -d, 0 or d with
+            d a float16.
         embedding: type of the embedding and the head; None: as dtype, and "f16" beside a ternary one.
         tokenizer: False leaves it out, where llama.cpp has no such tokenizer. rounding: round weights to ternary ones.
 
@@ -306,7 +308,8 @@ def write(
         FormatError: everything about the model that the format cannot say; then nothing is written. OSError.
     """
     path = Path(path)
-    dtype = dtype.lower()
+    dtype = SHORT.get(dtype, dtype).lower()
+    embedding = SHORT.get(embedding or "", embedding)
     embedding = (embedding or ("f16" if dtype.upper() in ggml.TERNARY else dtype)).lower()
     for given in (dtype, embedding):
         if given not in FILE_TYPES:

@@ -150,7 +150,7 @@ class Header(NamedTuple):
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read(path: PathLike, tokenizer: Tokenizer | PathLike | None = None) -> Transformer:
+def read(path: PathLike, *, tokenizer: Tokenizer | PathLike | None = None) -> Transformer:
     """A model.bin of any version, plain or gzipped; int8 becomes the numbers it stands for.
 
     Args:
