@@ -593,4 +593,8 @@ def test_a_begin_token_of_its_own_opens_every_document(tmp_path):
     tokens = write_tokens(["a", "b"], unmasked, tmp_path)
     assert tokens[:].tolist() == [1, 0, *BYTES.encode("a"), 1, 0, *BYTES.encode("b"), 1]
     assert (tokens.begin, tokens.end, tokens.bytes_per_token) == (0, 1, 1.0)
+    batch = Windows(tokens, batch=1, length=6, documents=True)(0)  # each segment starts at its begin token
+    assert (batch.segments.tolist(), batch.positions.tolist()) == ([[1, 2, 2, 2, 3, 3]], [[0, 0, 1, 2, 0, 1]])
+    rows = Rows(tokens, batch=2, length=4, cls=3, sep=4, pad=2)(0)
+    assert sorted(rows.tokens.tolist()) == sorted([3, *BYTES.encode(text), 4, 2] for text in "ab")
     assert write_tokens(["a"], BYTES, tmp_path).begin is None

@@ -182,11 +182,11 @@ class Windows(_Source):
         tokens, targets = rows[:, :-1].copy(), rows[:, 1:].copy()
         if not self.documents:
             return Batch(tokens, targets)
-        ends = tokens == self.tokens.end
-        segments = np.cumsum(ends, axis=1, dtype=np.int32)
+        starts = tokens == (self.tokens.end if self.tokens.begin is None else self.tokens.begin)
+        segments = np.cumsum(starts, axis=1, dtype=np.int32)
         segments += 1 - segments[:, :1]
         here = np.arange(self.length, dtype=np.int32)
-        positions = here - np.maximum.accumulate(np.where(ends, here, 0), axis=1)
+        positions = here - np.maximum.accumulate(np.where(starts, here, 0), axis=1)
         return Batch(tokens, targets, None, positions.astype(np.int32), segments)
 
     def describe(self) -> dict[str, Any]:
@@ -215,7 +215,7 @@ class Rows(_Source):
         tokens = np.full((self.batch, self.length), self.pad, np.int32)
         segments = np.zeros((self.batch, self.length), np.int32)
         for row, real, document in zip(tokens, segments, self.indices(step), strict=True):
-            start = int(self._ends[document]) + 1
+            start = int(self._ends[document]) + (1 if self.tokens.begin is None else 2)
             size = min(int(self._ends[document + 1]) - start, self.length - 2)
             row[0], row[size + 1] = self.cls, self.sep
             self.tokens._read(start, row[1 : size + 1])
