@@ -137,7 +137,7 @@ def test_weights_that_are_not_ternary_are_refused_with_all_names(wide, tokenizer
     with pytest.raises(FormatError) as error:
         models.write(model, tmp_path / "m.gguf", dtype="tq2_0")
     assert "blk.0.attn_q.weight: 256 of 256 blocks of 256 weights are not ternary" in str(error.value)
-    assert "and 4 more; fold the technique that makes them ternary first, or pass rounding=True" in str(error.value)
+    assert "and 4 more. Ternary blocks want a width and hidden in multiples of 256" in str(error.value)
     assert not list(tmp_path.iterdir())
     rounded = models.read(models.write(model, tmp_path / "m.gguf", dtype="tq2_0", rounding=True))
     kernel = np.asarray(named(rounded)["blocks.0.mlp.up.kernel"]).T.reshape(-1, 256)

@@ -433,3 +433,12 @@ def test_a_begin_token_of_its_own(monkeypatch):
         assert "".join(stream(model, "")) == "Once!"
         assert "".join(stream(model, "So,")) == " Once!"
     assert asked[:2] == [[0], [0, *foreign.encode("So,")]]
+
+
+def test_the_cache_is_as_large_as_the_text_not_as_the_context():
+    """A context of two billion costs nothing; what is generated is that of the same weights with a small context."""
+    small = made(context=512)
+    vast = Transformer(small.config.replace(context=2**31 - 1), tokenizer=BYTES)
+    assign(vast, named(small))
+    for count in (5, 300):  # within the least room, and beyond it
+        assert generate(vast, "Once", tokens=count, seed=3) == generate(small, "Once", tokens=count, seed=3)

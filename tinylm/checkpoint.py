@@ -50,6 +50,7 @@ __all__ = [
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 FOREIGN = (".tlm", ".h5", ".msgpack", ".npz")
+NO_FOLDERS = (*PICKLES, *FOREIGN, ".safetensors", ".json", ".txt", ".zip", ".tar", ".gz", ".tgz")  # suffixes of files
 STATE = ("opt.average.", "params.")  # the part of a training state that is the model: its average, where there is one
 
 
@@ -58,7 +59,7 @@ def save(model: Transformer, path: PathLike, *, format: str | None = None, **opt
 
     Args:
         model: to save. path: a folder, or a file whose suffix says the format: .bin (llama2.c), .gguf, .onnx.
-        format: "hf" writes a folder for Hugging Face's transformers; the others follow from the suffix.
+        format: "hf" writes a folder for Hugging Face's transformers, "tinylm" the kit's own; files say it by suffix.
         options: of the format (see `tinylm.formats`); of the kit's own folder `codec="planes"`, a smaller file, without
             loss (`write_file` can also store the difference to an earlier file).
 
@@ -66,8 +67,13 @@ def save(model: Transformer, path: PathLike, *, format: str | None = None, **opt
         FileExistsError: the folder is a run or somebody else's model. OSError: path, free and needed MB.
         FormatError: what the format cannot say of this model; nothing is written then.
     """
-    if format is not None or formats.format_of(path):
+    if not str(path).strip() or Path(path).name in (".bin", ".gguf", ".onnx"):
+        raise formats.FormatError(f"{str(path)!r} is no name for a file or a folder")
+    if format not in (None, "tinylm") or (format is None and formats.format_of(path)):
         return formats.write(model, path, format=format, **options)
+    if Path(path).suffix.lower() in NO_FOLDERS:
+        raise formats.FormatError(f"{path}: the kit's own models are folders; name one without {Path(path).suffix}")
+    formats.require_known(options, ["codec"], "the kit's own folder")
     return _save(model, Path(path), **options)
 
 
@@ -104,8 +110,6 @@ def load(path: PathLike, **options: Any) -> Transformer:
     path = Path(path)
     if path.is_file() and formats.format_of(path):
         return formats.read(path, **options)
-    if options:
-        raise TypeError(f"{path} is loaded without options; {', '.join(options)} belong to another program's files")
     if path.is_file():
         return _load_file(path)
     if not path.is_dir():
@@ -114,6 +118,8 @@ def load(path: PathLike, **options: Any) -> Transformer:
     if "config.json" not in names:
         raise _unknown(path, names)
     config = read_config(path)
+    if is_run(config) or "tinylm" in config:
+        formats.require_known(options, [], f"loading {path}, which is the kit's own")
     if is_run(config):
         with Run.open(path) as run:
             _, tensors, _, notes = run.restore()
@@ -121,7 +127,7 @@ def load(path: PathLike, **options: Any) -> Transformer:
                 warnings.warn(note, stacklevel=2)
             return _from_run(run, tensors)
     if "tinylm" not in config:
-        return formats.read(path)
+        return formats.read(path, **options)
     if type(config["tinylm"]) is not dict:
         raise CheckpointDamaged(f"{path / 'config.json'} is damaged: 'tinylm' holds no settings")
     tensors, about = read_file(path / "model.safetensors")

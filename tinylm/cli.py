@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -19,7 +20,7 @@ from typing import Any, NoReturn, get_args
 from tinylm.config import Codec, ConfigError, ModelConfig, Sampling, TrainConfig
 from tinylm.options import add_options, amount, chosen, duration, escaped
 
-FORMAT_NAMES = ("hf", "llama2c", "gguf", "onnx")  # of `tinylm.formats`, which is not imported for a --help
+OPTIONS = ("dtype", "rounding", "version", "group", "codec")  # of `convert`, passed on to the format
 
 # --- commands ---------------------------------------------------------------------------------------------------------
 
@@ -164,25 +165,24 @@ def cmd_convert(args: argparse.Namespace) -> None:
     from tinylm.formats import HUB, format_of
     from tinylm.presets import count
 
-    suffix = Path(args.target).suffix[1:]
-    if args.to is None and suffix.isalpha() and not format_of(args.target) and not args.target.startswith(HUB):
-        raise ConfigError(f"{args.target}: .{suffix} is no format; write to .bin, .gguf, .onnx, or to a plain folder")
-    model = load(args.source)
-    asked = {name: getattr(args, name) for name in ("dtype", "version", "group", "codec") if hasattr(args, name)}
+    reading = {"tokenizer": args.tokenizer} if args.tokenizer else {}
+    asked = {name: getattr(args, name) for name in OPTIONS if hasattr(args, name)}
     if args.target.startswith(HUB):
         from tinylm.sharing import push
 
         where = push(args.source, args.target.removeprefix(HUB), format=args.to or "hf", **asked)
-        report(args, {"target": where, "parameters": count(model.config)}, f"pushed to {where}")
+        report(args, {"target": where}, f"pushed to {where}")
         return
+    model = load(args.source, **reading)
     path = save(model, args.target, format=args.to, **asked)
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files if file.is_file())
     figures = {"target": str(path), "parameters": count(model.config), "bytes": size}
     text = f"{path}: {count(model.config):,} parameters, {mb(size)}"
     if (args.to or format_of(path)) != "onnx":  # what can be read back is, and compared
-        off = largest_change(model, load(path))
-        figures["largest_change"] = off
+        back = load(path)
+        off = figures["largest_change"] = largest_change(model, back)
+        text += ", its tokens in another order" if back.tokenizer != model.tokenizer else ""
         text += (
             ", read back exactly" if off == 0 else f", weights changed by at most {off:.2g} of each tensor's largest"
         )
@@ -202,8 +202,8 @@ def largest_change(before: Any, after: Any) -> float:
     for name, new in named(after).items():
         if name.startswith(("embed.", "head.")) and before.tokenizer != after.tokenizer:
             continue
-        difference = np.abs(np.asarray(old[name]) - np.asarray(new)).max()
-        worst = max(worst, float(difference / max(np.abs(np.asarray(old[name])).max(), 1e-30)))
+        was = np.asarray(old.get(name, 0.0))  # a bias that theirs always has, and ours lacks
+        worst = max(worst, float(np.abs(was - np.asarray(new)).max() / max(np.abs(was).max(), 1e-30)))
     return worst
 
 
@@ -373,17 +373,14 @@ def build_parser() -> argparse.ArgumentParser:
     p = command("convert", cmd_convert, "tinylm convert runs/story story.gguf --dtype q8_0")
     p.add_argument("source", metavar="SRC", help="a run, a saved model, a .bin, a .gguf, a transformers folder, hf:ID")
     p.add_argument("target", metavar="DST", help="file ending in .bin, .gguf or .onnx, a new folder, or hf:NAME/REPO")
-    p.add_argument(
-        "--to", choices=FORMAT_NAMES, default=None, help="what to write into a folder (default: tinylm's own)"
-    )
-    p.add_argument(
-        "--dtype", default=argparse.SUPPRESS, metavar="X", help="of the weights: float32, float16, q8_0, ..."
-    )
-    p.add_argument("--version", type=int, default=argparse.SUPPRESS, metavar="N", help="of llama2.c's format: 0 or 2")
-    p.add_argument("--group", type=int, default=argparse.SUPPRESS, metavar="N", help="weights per scale in version 2")
-    p.add_argument(
-        "--codec", choices=get_args(Codec), default=argparse.SUPPRESS, help="of tinylm's own files (default raw)"
-    )
+    p.add_argument("--to", choices=["hf", "tinylm"], help="what to write into a folder (default tinylm; hub: hf)")
+    p.add_argument("--tokenizer", metavar="FILE", help="of a llama2.c file that has none beside it")
+    option = functools.partial(p.add_argument, default=argparse.SUPPRESS)
+    option("--dtype", metavar="X", help="of the weights: float32, float16; q8_0, tq1_0, tq2_0 (gguf); int8 (onnx)")
+    option("--rounding", action="store_true", help="round weights to ternary ones (gguf's tq1_0, tq2_0)")
+    option("--version", type=int, metavar="N", help="of llama2.c's format: 0 (float32), 2 (int8)")
+    option("--group", type=int, metavar="N", help="weights per scale in version 2 (default 64)")
+    option("--codec", choices=get_args(Codec), help="of the kit's own files (default raw)")
 
     p = command("sizes", cmd_sizes, "tinylm sizes --preset 1M --vocab 2048")
     p.add_argument("--preset", action="append", metavar="NAME", help="only this one, in detail; may be given again")

@@ -18,10 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from tinylm.config import Sampling
+from tinylm.config import ModelConfig, Sampling
 from tinylm.model import Cache, Transformer
 from tinylm.shards import check_tokens
 from tinylm.weights import bind, pure
+
+LEAST_ROOM = 256  # positions of a cache, where the context has so many
 
 
 class GenerateError(ValueError):
@@ -91,13 +93,13 @@ class Text(NamedTuple):
 def compiled(graph: Any) -> tuple[Callable, Callable]:
     """`read` and `write` of one architecture: the two programs generation consists of."""
 
-    def read(params: dict, tokens: Array, lengths: Array, seen: Array) -> Text:
-        """Read the prompts, (B T) padded on the right, into an empty cache.
+    def read(params: dict, tokens: Array, lengths: Array, seen: Array, capacity: int) -> Text:
+        """Read the prompts, (B T) padded on the right, into an empty cache of `capacity` positions.
 
         Padding needs no mask: it lies after each row's last token, and is overwritten as the row grows.
         """
         model = bind(graph, params)
-        cache = Cache.empty(model.config, len(tokens), dtype=model.embed.weight().dtype)
+        cache = Cache.empty(model.config, len(tokens), capacity, dtype=model.embed.weight().dtype)
         x, cache = model.trunk(tokens, cache=cache)
         logits = model.unembed(x[jnp.arange(len(tokens)), lengths - 1])
         return Text(cache._replace(length=lengths), logits, seen)
@@ -129,7 +131,7 @@ def compiled(graph: Any) -> tuple[Callable, Callable]:
         text, (tokens, finite) = jax.lax.scan(one, text, first + jnp.arange(count))
         return text, tokens.T, finite
 
-    return jax.jit(read), jax.jit(write, static_argnames="count", donate_argnums=1)
+    return jax.jit(read, static_argnames="capacity"), jax.jit(write, static_argnames="count", donate_argnums=1)
 
 
 def generate_tokens(
@@ -175,7 +177,7 @@ def generate_tokens(
     text, made, room = None, 0, 0
     while made < tokens:
         if text is None or room < 1:
-            text, room = start(texts, config.context, config.vocab, functools.partial(read, params))
+            text, room = start(texts, tokens - made, config, functools.partial(read, params))
         text, new, finite = write(params, text, settings, np.uint32(seed), np.int32(made), count=chunk)
         new = np.asarray(new)[:, : min(room, tokens - made)]  # what overran a full cache is made again
         if not np.asarray(finite)[: new.shape[1]].all():
@@ -192,8 +194,13 @@ def window(length: int, context: int) -> int:
     return max(0, -(-(length - context) // half) * half)
 
 
-def start(texts: list[list[int]], context: int, vocab: int, read: Callable) -> tuple[Text, int]:
-    """Read the window of each text; returns it and how many tokens all rows can make before one is full."""
+def start(texts: list[list[int]], more: int, config: ModelConfig, read: Callable) -> tuple[Text, int]:
+    """Read the window of each text, to make `more` tokens; returns it and how many fit before a row's context is full.
+
+    The cache holds what may be needed, in powers of two so that few programs are compiled: a model may say that its
+    context is a million positions.
+    """
+    context, vocab = config.context, config.vocab
     tails = [ids[window(len(ids), context) :] for ids in texts]
     longest = max(map(len, tails))
     width = min(context, -(-longest // 32) * 32)  # a multiple of 32: few shapes to compile
@@ -203,7 +210,9 @@ def start(texts: list[list[int]], context: int, vocab: int, read: Callable) -> t
         tokens[row, : len(ids)] = ids
         seen[row, whole] = True
     lengths = np.array([len(ids) for ids in tails], np.int32)
-    return read(tokens, lengths, seen), context - longest + 1  # the first needs no room: its logits are there
+    capacity = min(context, max(LEAST_ROOM, 1 << (longest + more - 1).bit_length()))
+    # The first token needs no room: its logits are there.
+    return read(tokens, lengths, seen, capacity=capacity), context - longest + 1
 
 
 def stream(

@@ -63,24 +63,27 @@ def read(path: str | os.PathLike, **options: Any) -> Transformer:
 
     Raises FileNotFoundError, and FormatError: what the file is, all that is wrong with it, and the remedy.
     """
+    place = Path(path)
     if str(path).startswith(HUB):
+        function = _function("hf", "read", options)  # before anything is fetched
         from tinylm.formats.hub import pull
 
-        path = pull(str(path).removeprefix(HUB))
-    path = Path(path)
-    if not path.exists():
+        return function(pull(str(path).removeprefix(HUB)), **options)
+    if not place.exists():
         raise FileNotFoundError(f"there is no file or folder {str(path)!r}")
-    name = "hf" if path.is_dir() else format_of(path)
+    name = "hf" if place.is_dir() else format_of(place)
     if name is None:
-        raise FormatError(f"{path}: no known format has the suffix {path.suffix!r}; known: {_suffixes()}, or a folder")
-    if path.is_file() and (begin := _beginning(path)).startswith(PICKLES):
         raise FormatError(
-            f"{path} is a pickle or an archive of one ({begin[:2]!r}), and loading it can run any code: tinylm never "
-            "does. Convert it to safetensors where you trust it (safetensors.torch.save_file)"
+            f"{place}: no known format has the suffix {place.suffix!r}; known: {_suffixes()}, or a folder"
+        )
+    if place.is_file() and _is_pickle(place):
+        raise FormatError(
+            f"{place} is a pickle or an archive of one, and loading it can run any code: tinylm never does. Convert it "
+            "to safetensors where you trust it (safetensors.torch.save_file)"
         )
     if not FORMATS[name].reads:
-        raise FormatError(f"{path}: {name} files are written, not read; keep the folder it was made from")
-    return _call(name, "read", path, options)
+        raise FormatError(f"{place}: {name} files are written, not read; keep the folder it was made from")
+    return _function(name, "read", options)(place, **options)
 
 
 def write(model: Transformer, path: str | os.PathLike, *, format: str | None = None, **options: Any) -> Path:
@@ -88,29 +91,28 @@ def write(model: Transformer, path: str | os.PathLike, *, format: str | None = N
 
     Args:
         model: any of the kit's; techniques that are not plain weights must be folded first.
-        path: the file or folder. format: needed only where the name does not say it.
+        path: the file or folder. format: "hf" for a folder; of a file the suffix says it.
         options: of the format, such as `dtype="q8_0"` for gguf; see `tinylm.formats.<format>.write`.
 
     Raises:
         FormatError: everything about the model that the format cannot say; then nothing is written.
     """
-    name = format or format_of(path)
+    place, said = Path(path), format_of(path)
+    name = format or said
     if name not in FORMATS:
-        raise FormatError(
-            f"format = {format!r}{suggest(str(format), FORMATS)}"
-            if format
-            else f"{path}: the suffix {Path(path).suffix!r} names no format; known: {_suffixes()}"
-        )
-    said = format_of(path)
+        known = f"{place}: the suffix {place.suffix!r} names no format; known: {_suffixes()}"
+        raise FormatError(f"format = {format!r}{suggest(str(format), FORMATS)}" if format else known)
     if said not in (None, name):
-        raise FormatError(f"{path} has the suffix of {said}, but format = {name!r} was asked for")
+        raise FormatError(f"{place} has the suffix of {said}, but format = {name!r} was asked for")
     if FORMATS[name].suffixes and said is None:
-        raise FormatError(f"{path}: a {name} file ends in {FORMATS[name].suffixes[0]}")
-    folder = Path(path).parent
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+        raise FormatError(f"{place}: a {name} file ends in {FORMATS[name].suffixes[0]}")
+    if said and place.suffix.lower() == ".gz":
+        raise FormatError(f"{place}: {said} files are written uncompressed; leave .gz off, and compress it afterwards")
+    function = _function(name, "write", options)
+    missing = [each for each in (place.parent, *place.parent.parents) if not each.exists()]
+    place.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return _call(name, "write", model, Path(path), options)
+        return function(model, place, **options)
     except BaseException:
         for each in missing:  # innermost first; nothing is left of what could not be written
             with contextlib.suppress(OSError):
@@ -118,22 +120,28 @@ def write(model: Transformer, path: str | os.PathLike, *, format: str | None = N
         raise
 
 
-def _call(name: str, what: str, *given: Any) -> Any:
-    """`read` or `write` of a format with the options it knows. Raises FormatError for another."""
-    *args, options = given
-    function: Callable = getattr(importlib.import_module(f"tinylm.formats.{FORMATS[name].room}"), what)
+def _function(name: str, what: str, options: dict[str, Any]) -> Callable:
+    """`read` or `write` of a format. Raises FormatError for an option that it does not know."""
+    function = getattr(importlib.import_module(f"tinylm.formats.{FORMATS[name].room}"), what)
     known = [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    require_known(options, known, f"{name} files" if what == "write" else f"reading {name}")
+    return function
+
+
+def require_known(options: dict[str, Any], known: list[str], what: str) -> None:
+    """Raise FormatError for an option that is not known."""
     for option in options:
         if option not in known:
-            there = f"it takes {', '.join(known)}" if known else "it takes none"
-            raise FormatError(f"{name} has no option {option!r}: {there}")
-    return function(*args, **options)
+            raise FormatError(f"{what}: no option {option!r}; known: {', '.join(known) or 'none'}")
 
 
 def _suffixes() -> str:
     return ", ".join(suffix for kind in FORMATS.values() for suffix in kind.suffixes)
 
 
-def _beginning(path: Path) -> bytes:
+def _is_pickle(path: Path) -> bool:
+    """What torch.save writes, or a bare pickle. A llama2.c file of width 640 begins with 80 02 too, then zeros."""
     with path.open("rb") as file:
-        return file.read(8)
+        begin = file.read(4)
+    bare = begin[:1] == b"\x80" and begin[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05") and begin[2:] != b"\0\0"
+    return bare or begin == b"PK\x03\x04"

@@ -308,12 +308,11 @@ def write(
         FormatError: everything about the model that the format cannot say; then nothing is written. OSError.
     """
     path = Path(path)
-    dtype = SHORT.get(dtype, dtype).lower()
-    embedding = SHORT.get(embedding or "", embedding)
+    dtype, embedding = (x and SHORT.get(str(x).lower(), str(x).lower()) for x in (dtype, embedding))
     embedding = (embedding or ("f16" if dtype.upper() in ggml.TERNARY else dtype)).lower()
     for given in (dtype, embedding):
         if given not in FILE_TYPES:
-            raise FormatError(f"dtype {given!r}: a GGUF file is written in {', '.join(FILE_TYPES)}")
+            raise FormatError(f"dtype = {given!r}: must be one of {', '.join([*SHORT, *FILE_TYPES])}")
     config = model.config
     name = architecture_of(config)
     architecture = ARCHITECTURES[name]
@@ -331,11 +330,14 @@ def write(
     if name == "bert":
         metadata["tokenizer.ggml.token_type_count"] = max(1, config.token_types)
     try:
-        if dtype.upper() in ggml.TERNARY and not rounding:
+        if dtype.upper() in ggml.TERNARY:
             tables.complain([f"{key}: {why}" for key, x in tensors.items() if (why := _inexact(key, x, kinds[key]))])
         gguf.write_file(path, metadata, {key: (kinds[key], x) for key, x in tensors.items()}, rounding=rounding)
     except FormatError as error:
-        remedy = "; fold the technique that makes them ternary first, or pass rounding=True, or another dtype"
+        remedy = (
+            ". Ternary blocks want a width and hidden in multiples of 256, and ternary weights: fold the technique "
+            "that makes them, or pass rounding=True; or take another dtype"
+        )
         raise FormatError(f"{error}{remedy if dtype.upper() in ggml.TERNARY else ''}") from None
     return path
 

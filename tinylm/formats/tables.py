@@ -6,7 +6,6 @@ the layer. Reading and writing report all problems together, and before any larg
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -212,13 +211,12 @@ def require_said(config: ModelConfig, format: str, **allowed: Any) -> None:
     Raises:
         FormatError: every setting that differs, with its value.
     """
-    neutral = {f.name: f.default for f in dataclasses.fields(ModelConfig)}
     problems = []
     for name, values in allowed.items():
         value = getattr(config, name)
         options = values if isinstance(values, (set, frozenset, tuple, list)) else (values,)
         if value not in options:
             said = " or ".join(map(repr, sorted(options, key=repr)))
-            problems.append(f"{name} = {value!r} (it knows {said}; the kit's default is {neutral[name]!r})")
+            problems.append(f"{name} = {value!r} (it knows {said})")
     if problems:
         raise FormatError(f"{format} cannot say this model: {'; '.join(problems)}")
