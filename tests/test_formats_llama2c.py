@@ -73,11 +73,23 @@ def test_version_0_means_the_same_to_an_independent_reader(tmp_path, changes):
     assert np.abs(found.w["freq_cis_imag"] - np.sin(angle)).max() < 1e-6
 
 
+def version_1(path):
+    """The bytes of a version 0 file as version 1, which is read and never written."""
+    m = oracle.read_model(path)
+    sizes = (m.dim, m.hidden, m.layers, m.heads, m.kv_heads, m.vocab, m.context)
+    order = ["rms_att", "rms_ffn", "rms_final", "embedding", "wq", "wk", "wv", "wo", "w1", "w2", "w3", "classifier"]
+    head = b"24ka" + struct.pack("<i7iB", 1, *sizes, "classifier" not in m.w)
+    return head.ljust(256, b"\0") + b"".join(m.w[name].astype("<f4").tobytes() for name in order if name in m.w)
+
+
 @pytest.mark.parametrize("version", [0, 1])
 @pytest.mark.parametrize("head", ["tied", "untied"])
 def test_float_versions_keep_every_bit(tmp_path, version, head):
     made = model(head=head)
-    path = llama2c.write(made, tmp_path / "m.bin", version=version)
+    path = llama2c.write(made, tmp_path / "m.bin")
+    raw = path.read_bytes()
+    if version == 1:
+        path.write_bytes(version_1(path))
     back = llama2c.read(path)
     assert same_params(made, back)
     assert back.config == made.config
@@ -85,7 +97,7 @@ def test_float_versions_keep_every_bit(tmp_path, version, head):
     packed = tmp_path / "n.bin.gz"
     packed.write_bytes(gzip.compress(path.read_bytes()))
     assert same_params(made, llama2c.read(packed))
-    assert llama2c.write(back, tmp_path / "again.bin", version=version).read_bytes() == path.read_bytes()
+    assert llama2c.write(back, tmp_path / "again.bin").read_bytes() == raw
 
 
 def read_int8(path):
@@ -119,9 +131,9 @@ def read_int8(path):
     return oracle.Llama(dim, hidden, layers, heads, kv_heads, vocab, context, w), group
 
 
-@pytest.mark.parametrize(("hidden", "asked", "group"), [(64, 64, 32), (48, 64, 16), (44, 64, 4), (48, 8, 8)])
+@pytest.mark.parametrize(("hidden", "asked", "group"), [(64, None, 32), (48, 64, 16), (44, 64, 4), (48, 8, 8)])
 def test_int8_is_read_as_the_very_numbers_it_stands_for(tmp_path, hidden, asked, group):
-    """Groups are halved until they divide width and hidden: runq would leave out the rest of a row."""
+    """Groups are made to divide width and hidden: runq would leave out the rest of a row."""
     made = model(hidden=hidden, head="untied")
     path = llama2c.write(made, tmp_path / "m.bin", version=2, group=asked)
     found, used = read_int8(path)
@@ -137,13 +149,37 @@ def test_int8_is_read_as_the_very_numbers_it_stands_for(tmp_path, hidden, asked,
         assert error.max() <= (0 if name.endswith("scale") else np.abs(np.asarray(x)).max() / 253)
 
 
-def test_int8_of_zeros_is_zero(tmp_path):
-    made = model()
+def test_int8_of_nothing_and_next_to_nothing():
+    assert not any(x.any() for x in llama2c.quantized(np.zeros((3, 4)), 4))
+    tiny = np.float32([[190, -190, 1, 0]]) * np.float32(1e-45)  # the scale, 1.5 of the smallest number, is rounded to 1
+    q, scale = llama2c.quantized(tiny, 4)
+    assert q.tolist() == [[127, -127, 1, 0]]
+    assert scale[0] == np.float32(1e-45)
+
+
+def test_a_version_or_a_group_that_helps_nobody_is_refused(tmp_path):
+    """A group of 1 makes a file larger than float32; nobody reads version 1."""
+    wrong = [(0, {"version": v}, "version = .*written are 0") for v in (1, 3, "2", 2.0, None, True)]
+    wrong += [(0, {"group": 64}, "group = 64 is for version 2")]
+    wrong += [(0, {"version": 2, "group": g}, f"group = {g!r}: must be a power of two") for g in (7, 0, 2, -4, 48, 8.0)]
+    wrong += [(hidden, {"version": 2}, f"hidden = {hidden}: .*multiples of 32, or version 0") for hidden in (43, 46)]
+    for hidden, options, reason in wrong:
+        with pytest.raises(FormatError, match=reason):
+            llama2c.write(model(hidden=hidden or 48), tmp_path / "m.bin", **options)
+    sizes = [llama2c.write(model(hidden=172), tmp_path / "m.bin", version=v).stat().st_size for v in (0, 2)]
+    assert sizes[1] < 0.55 * sizes[0], "groups of 4: two bytes for each weight"
+
+
+@pytest.mark.parametrize("version", [0, 2])
+def test_weights_that_are_not_finite_are_refused_by_name(tmp_path, own, version):
+    made = model(tokenizer=own)
     params = {n: np.array(x) for n, x in named(made).items()}
-    params["embed.table"][7] = 0
+    params["embed.table"][7, 3], params["blocks.1.mlp.up.kernel"][0, 0] = np.nan, np.inf
     assign(made, params)
-    back = llama2c.read(llama2c.write(made, tmp_path / "m.bin", version=2))
-    assert (np.asarray(back.embed.weight())[7] == 0).all()
+    with pytest.raises(FormatError, match="not finite") as caught:
+        llama2c.write(made, tmp_path / "m.bin", version=version)
+    assert all(name in str(caught.value) for name in ("embed.table", "blocks.1.mlp.up.kernel"))
+    assert not list(tmp_path.iterdir())
 
 
 # ---- tokenizers
@@ -220,19 +256,92 @@ def test_the_older_file_repeats_characters_as_bytes(shared_data, tmp_path):
 
 def test_the_tokenizer_beside_the_model(tmp_path, own):
     path = llama2c.write(model(), tmp_path / "a.bin")
-    wrong = tokenizer_file(own, 310)[0]
+    wrong, right = tokenizer_file(own, 310)[0], tokenizer_file(own, 300)[0]
+    (tmp_path / "tok.tokenizer.bin").write_bytes(right)
+    assert llama2c.read(path).tokenizer is None, "that of another model, tok.bin"
     (tmp_path / "tok310.bin").write_bytes(wrong)
-    with pytest.raises(FormatError, match=r"no tokenizer beside it fits: .*tok310.bin: .*another model's"):
-        llama2c.read(path)
-    (tmp_path / "tokenizer.bin.gz").write_bytes(gzip.compress(tokenizer_file(own, 300)[0]))
+    with pytest.warns(UserWarning, match=r"fits \(tok310.bin\), so the model has none: .*tokenizer=PATH") as seen:
+        assert llama2c.read(path).tokenizer is None
+    assert seen[0].filename == __file__
+    assert llama2c.read(path, tokenizer=False).tokenizer is None
+    (tmp_path / "tok300.bin").write_bytes(right)
     found = llama2c.read(path).tokenizer
     assert found.vocab == 300
-    tokenizer_path(path).write_bytes(wrong)
-    assert llama2c.read(path).tokenizer == found, "the first that fits"
+    (tmp_path / "token.bin.gz").write_bytes(gzip.compress(right))
+    assert llama2c.read(path).tokenizer == found, "a copy"
+    (tmp_path / "tok_other.bin").write_bytes(tokenizer_file(Tokenizer.train(NAMES * 99, vocab=264), 300)[0])
+    with pytest.warns(UserWarning, match=r"tok300.bin, tok_other.bin, token.bin.gz all fit, so the model has none"):
+        assert llama2c.read(path).tokenizer is None
+    (tmp_path / "tokenizer.bin").write_bytes(wrong)
+    (tmp_path / "tokenizer.bin.gz").write_bytes(gzip.compress(right))
+    assert llama2c.read(path).tokenizer == found
     assert llama2c.read(path, tokenizer=own).tokenizer is own
-    assert llama2c.read(path, tokenizer=tmp_path / "tokenizer.bin.gz").tokenizer == found
+    assert llama2c.read(path, tokenizer=str(tmp_path / "tokenizer.bin.gz")).tokenizer == found
+    tokenizer_path(path).write_bytes(wrong)
+    with pytest.raises(
+        FormatError, match=r"a.tokenizer.bin: .*another model's. It lies beside a.bin: .*tokenizer=PATH"
+    ):
+        llama2c.read(path)
+    assert llama2c.read(path, tokenizer=False).tokenizer is None
     with pytest.raises(FormatError, match="more ids than the model"):
         llama2c.read(path, tokenizer=Tokenizer.train(STORIES * 20, vocab=310))
+    for nothing in (None, 5, b"tok300.bin", ["tok300.bin"]):
+        with pytest.raises(FormatError, match=r"a.bin: tokenizer = .*give a Tokenizer, the path of one"):
+            llama2c.read(path, tokenizer=nothing)
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer .*none.bin"):
+        llama2c.read(path, tokenizer=tmp_path / "none.bin")
+
+
+def test_no_earlier_tokenizer_stays_with_a_model_that_has_none(tmp_path, own):
+    path = llama2c.write(model(tokenizer=own), tmp_path / "m.bin")
+    (tmp_path / "m.tokenizer.bin.gz").write_bytes(gzip.compress(tokenizer_path(path).read_bytes()))
+    llama2c.write(model(1), path)
+    assert [file.name for file in tmp_path.iterdir()] == ["m.bin"]
+    assert llama2c.read(path).tokenizer is None
+
+
+@pytest.mark.parametrize("name", ["m.bin", "m.tokenizer.bin"])
+def test_nothing_is_written_where_a_folder_has_the_name(tmp_path, own, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(FormatError, match=f"{name} is a folder"):
+        llama2c.write(model(tokenizer=own), tmp_path / "m.bin")
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_a_disk_that_refuses_the_model_leaves_the_earlier_pair(tmp_path, own, monkeypatch):
+    path = llama2c.write(model(tokenizer=own), tmp_path / "m.bin")
+    earlier = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def parts(*_):
+        yield b"some"
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llama2c, "_parts", parts)
+        for tokenizer in (Tokenizer.train(STORIES[:1] * 20, vocab=300), None):
+            with pytest.raises(OSError, match=r"No space.*m.bin"):
+                llama2c.write(model(1, tokenizer), path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == earlier
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_crash_between_two_files_never_leaves_a_wrong_pair(tmp_path, own, monkeypatch, renames):
+    """The other tokenizer has as many pieces, so that nothing would tell."""
+    path = llama2c.write(model(0, own), tmp_path / "m.bin")
+    earlier, other = path.read_bytes(), Tokenizer.train(STORIES[:1] * 20, vocab=300)
+    replace, left = os.replace, [None] * renames
+
+    def crash(*names):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        replace(*names)
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        llama2c.write(model(1, other), path)
+    assert (path.read_bytes() == earlier) == (renames == 0)
+    assert [file.name for file in tmp_path.iterdir()] == ["m.bin"]
 
 
 # ---- refusals
@@ -251,8 +360,6 @@ def test_what_llama2c_cannot_say_is_refused_all_at_once(tmp_path, own):
             llama2c.write(model(**changes), tmp_path / "m.bin")
     with pytest.raises(FormatError, match=r"qk_norm = True.*--qk-norm false"):
         llama2c.write(model(qk_norm=True), tmp_path / "m.bin")
-    with pytest.raises(FormatError, match="version = 3"):
-        llama2c.write(model(), tmp_path / "m.bin", version=3)
     for kind, size in (("unigram", 300), ("wordpiece", 520)):
         with pytest.raises(FormatError, match=f"this tokenizer is {kind}"):
             tokenizer_file(Tokenizer.train(STORIES, vocab=size, kind=kind), size)
@@ -279,8 +386,10 @@ def test_files_that_are_none_are_refused_by_name(tmp_path):
         with pytest.raises(FormatError, match=reason) as caught:
             llama2c.read(file)
         assert str(caught.value).startswith(str(file))
-    with pytest.raises(FormatError, match="no such file"):
+    with pytest.raises(FileNotFoundError, match=r"no file .*nothing.bin"):
         llama2c.read(tmp_path / "nothing.bin")
+    with pytest.raises(FormatError, match="is a folder"):
+        llama2c.read(tmp_path)
     (tmp_path / "bomb.bin.gz").write_bytes(gzip.compress(struct.pack("<7i", 2**12, 2**12, 2, 4, 4, 300, 64)))
     with pytest.raises(FormatError, match="asks for"):
         llama2c.read(tmp_path / "bomb.bin.gz")
@@ -292,8 +401,9 @@ def test_files_that_are_none_are_refused_by_name(tmp_path):
 def sources(tmp_path, own):
     """Name -> (file's bytes, reader)."""
     made, found = model(tokenizer=own, layers=1), {}
-    for version in (0, 1, 2):
-        raw = llama2c.write(made, tmp_path / "m.bin", version=version).read_bytes()
+    for version in (2, 1, 0):
+        path = llama2c.write(made, tmp_path / "m.bin", version=2 if version == 2 else 0)
+        raw = version_1(path) if version == 1 else path.read_bytes()
         found[f"v{version}.bin"] = (raw, lambda path: llama2c.read(path, tokenizer=own))
     found["v0.bin.gz"] = (gzip.compress(found["v0.bin"][0], mtime=0), lambda path: llama2c.read(path, tokenizer=own))
     vocabulary = tokenizer_path(tmp_path / "m.bin").read_bytes()

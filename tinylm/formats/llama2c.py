@@ -7,7 +7,8 @@
     version 2  as 1 with the group size as int32 behind the byte; norms are float32, matrices int8 with one float32
                scale per group of numbers: q = round(x / scale), scale = max |x| / 127
 
-What the program has nothing for is refused: other norms and activations, windows, `qk_norm`, `theta`, and so on.
+Version 1 is read and not written: no published program reads it. What the programs have nothing for is refused: other
+norms and activations, windows, `qk_norm`, `theta`, and so on.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ import numpy as np
 
 from tinylm.config import ModelConfig
 from tinylm.formats import tables
-from tinylm.formats.llama2c_tokenizers import SLACK, beside, read_tokenizer, tokenizer_file, tokenizer_path
-from tinylm.formats.tables import KEY_PAIRS, QUERY_PAIRS, TRANSPOSED, FormatError, Row
+from tinylm.formats.llama2c_tokenizers import SLACK, beside, own_files, read_tokenizer, tokenizer_file, tokenizer_path
+from tinylm.formats.tables import KEY_PAIRS, QUERY_PAIRS, TRANSPOSED, FormatError, Row, complain
 from tinylm.model import Transformer
 from tinylm.store import PathLike, replacing, write_bytes
 from tinylm.tokenizer import Tokenizer
@@ -34,6 +35,7 @@ from tinylm.weights import named
 
 MAGIC = 0x616B3432
 HEADERS = {0: 28, 1: 256, 2: 256}  # bytes
+GROUP, SMALLEST = 64, 4  # numbers per scale: as a rule, and at least (two would save a quarter, one nothing)
 LAYERS = 512  # more are no model of this kind; each costs time before the file is known to be sound
 
 ROWS = (
@@ -138,31 +140,34 @@ class Header(NamedTuple):
                 yield kind.replace("{i}", str(i)), kind, shape
 
     def bytes(self) -> bytes:
-        """The header as it stands in the file."""
+        """The header as it stands in a file of version 0 or 2."""
         numbers = [self.width, self.hidden, self.layers, self.heads, self.kv_heads, self.vocab, self.context]
         if self.version == 0:
             numbers[5] *= 1 if self.shared else -1
             return struct.pack("<7i", *numbers)
-        raw = struct.pack("<Ii7iB", MAGIC, self.version, *numbers, self.shared)
-        return (raw + (struct.pack("<i", self.group) if self.version == 2 else b"")).ljust(HEADERS[self.version], b"\0")
+        return struct.pack("<Ii7iBi", MAGIC, 2, *numbers, self.shared, self.group).ljust(HEADERS[2], b"\0")
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read(path: PathLike, *, tokenizer: Tokenizer | PathLike | None = None) -> Transformer:
+def read(path: PathLike, *, tokenizer: Tokenizer | PathLike | bool = True) -> Transformer:
     """A model.bin of any version, plain or gzipped; int8 becomes the numbers it stands for.
 
     Args:
-        path: the file. tokenizer: a tokenizer, or the path of a tokenizer.bin; None looks beside the model for
-            <name>.tokenizer.bin, tokenizer.bin and tok*.bin (each also with .gz), and takes the first that has the
-            model's number of pieces. Without any the model has none.
+        path: the file. tokenizer: a tokenizer, or the path of a tokenizer.bin; False leaves it out. True looks beside
+            the model, also for each name with .gz: <name>.tokenizer.bin, which must fit (it must have the model's
+            number of pieces); tokenizer.bin if it fits; the tok*.bin that fits, if no other does. Where there are only
+            others it warns, and the model has none.
 
     Raises:
-        FormatError: a file that is missing, damaged or says what is not known, with its name; tokenizer files of which
-            none fits.
+        FileNotFoundError: there is no such model or tokenizer.
+        FormatError: a file that is damaged or says what is not known, with its name; a tokenizer that does not fit.
     """
     path = Path(path)
+    if not isinstance(tokenizer, (Tokenizer, str, os.PathLike, bool)):
+        known = "give a Tokenizer, the path of one, True (look beside the model) or False (none)"
+        raise FormatError(f"{path}: tokenizer = {str(tokenizer)[:60]!r}: {known}")
     try:
         header, raw = _unpacked(path)
         config = tables.settings(
@@ -188,10 +193,10 @@ def read(path: PathLike, *, tokenizer: Tokenizer | PathLike | None = None) -> Tr
         )
     except FormatError as error:
         raise error if str(error).startswith(str(path)) else FormatError(f"{path}: {error}") from None
-    if isinstance(tokenizer, Tokenizer):
-        own: Tokenizer | None = tokenizer
+    if isinstance(tokenizer, bool):
+        own = beside(path, header.vocab) if tokenizer else None
     else:
-        own = beside(path, header.vocab) if tokenizer is None else read_tokenizer(tokenizer, header.vocab)
+        own = tokenizer if isinstance(tokenizer, Tokenizer) else read_tokenizer(tokenizer, header.vocab)
     if own is not None and own.vocab > header.vocab:
         raise FormatError(f"{path}: {own} has more ids than the model, {header.vocab}: it is another model's")
     return tables.build(config, params, own)
@@ -210,8 +215,10 @@ def _numbers(raw: bytearray, header: Header, kind: str, shape: tuple[int, ...], 
 def _unpacked(path: Path) -> tuple[Header, bytearray]:
     """The header and all bytes of a model file, gzip undone. FormatError, before memory is taken, if they disagree."""
     try:
+        if not path.exists():
+            raise FileNotFoundError(f"there is no file {str(path)!r}")
         if not path.is_file():
-            raise FormatError(f"{path}: there is no such file")
+            raise FormatError(f"{path} is a folder or a device: name a file")
         size = path.stat().st_size
         packed = path.suffix == ".gz"
         with gzip.open(path) if packed else path.open("rb") as file:
@@ -226,6 +233,8 @@ def _unpacked(path: Path) -> tuple[Header, bytearray]:
             if at < wanted or file.read(1):
                 raise FormatError(f"its header asks for {wanted:,} bytes, and it holds others: it is damaged")
             return header, room
+    except FileNotFoundError:
+        raise
     except (OSError, EOFError, zlib.error) as error:
         raise FormatError(f"{path} cannot be read: {error}") from None
 
@@ -233,42 +242,76 @@ def _unpacked(path: Path) -> tuple[Header, bytearray]:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write(model: Transformer, path: PathLike, *, version: int = 0, group: int = 64) -> Path:
-    """Write a model for llama2.c: version 0 for `run`, 2 (int8) for `runq`; also 1, which no published program reads.
+def write(model: Transformer, path: PathLike, *, version: int = 0, group: int | None = None) -> Path:
+    """Write a model for llama2.c: version 0 for `run`, 2 (int8) for `runq`.
 
     A tokenizer goes to <name>.tokenizer.bin beside it: `./run story.bin -z story.tokenizer.bin -i "Once"`. Where its
-    ids are not in llama2.c's places the file has them in another order, and the rows of the embedding with them.
-    llama2.c puts a space before every prompt and merges across words, so prompts may be cut a little differently there.
+    ids are not in llama2.c's places the file has them in another order, and the rows of the embedding with them. What
+    lay there is replaced, and removed for a model without a tokenizer. After a crash the new model may lack its
+    tokenizer; another's never lies beside it.
+
+    llama2.c puts a space before every prompt that is not empty, so `-i "One day"` goes on as `generate(model, " One
+    day")` does, and shows all but that space. SentencePiece's kind puts a space there too, and models trained on texts
+    that begin with one expect it; others may tell another story than `generate(model, "One day")`. No tokenizer.bin can
+    prevent it: the program takes one piece, " ", for that space and for those between words. An empty prompt goes on
+    alike in both. It also merges across words, so a prompt may be cut a little differently there.
 
     Args:
         model: a decoder of Llama's kind. path: ends in .bin as a rule.
-        group: of version 2; halved until it divides width and hidden, as runq needs.
+        group: of version 2, a power of two: numbers per scale, 64 as a rule; where width or hidden is no multiple of
+            it, as runq needs, the largest power of two that divides both.
 
     Raises:
-        FormatError: everything about the model or its tokenizer that llama2.c has nothing for.
+        FormatError: everything about the model or its tokenizer that llama2.c has nothing for, or values that are not
+            finite; then nothing is written. OSError: the disk refuses.
     """
     path, c = Path(path), model.config
-    if version not in HEADERS or group < 1:
-        raise FormatError(f"version = {version}, group = {group}: known are versions 0, 1 and 2, groups of 1 and up")
+    group = _group(c, version, group)
     _require(c)
     params = {name: np.asarray(value, np.float32) for name, value in named(model).items()}
-    vocabulary = None
+    complain([f"{name} holds values that are not finite" for name, x in params.items() if not np.isfinite(x).all()])
+    vocabulary = b""
     if model.tokenizer is not None:
         vocabulary, order = tokenizer_file(model.tokenizer, c.vocab)
         params["embed.table"] = params["embed.table"][order]
         if c.head == "untied":
             params["head.out.kernel"] = params["head.out.kernel"][:, order]
-    while version == 2 and (c.width % group or c.hidden % group):
-        group //= 2
     sizes = (c.width, c.hidden, c.layers, c.heads, c.kv_heads, c.vocab, c.context)
-    header = Header(*sizes, version=version, shared=c.head == "tied", group=group if version == 2 else 0)
+    header = Header(*sizes, version=version, shared=c.head == "tied", group=group)
     tensors = tables.write(ROWS, c, params)
-    if vocabulary is not None:
+    for file in (path, tokenizer_path(path)) if vocabulary else (path,):
+        if file.is_dir():
+            raise FormatError(f"{file} is a folder: choose another name")
+    with replacing(path, header.size() + len(vocabulary)) as number:  # room for both, or neither is begun
+        with os.fdopen(number, "wb", closefd=False) as file:
+            for part in _parts(header, tensors):
+                file.write(part)
+        for old in own_files(path):  # before the model takes its name, so that no other's is ever beside it
+            if not old.is_dir():
+                old.unlink(missing_ok=True)
+    if vocabulary:
         write_bytes(tokenizer_path(path), vocabulary)
-    with replacing(path, header.size()) as number, os.fdopen(number, "wb", closefd=False) as file:
-        for part in _parts(header, tensors):
-            file.write(part)
     return path
+
+
+def _group(c: ModelConfig, version: int, group: int | None) -> int:
+    """Numbers per scale, 0 for float32. Raises FormatError for a version or a group that is not written."""
+    if type(version) is not int or version not in (0, 2):
+        raise FormatError(f"version = {version!r}: written are 0 (float32, for run) and 2 (int8, for runq)")
+    if version == 0:
+        if group is not None:
+            raise FormatError(f"group = {group!r} is for version 2 (int8): leave it out, or give version 2")
+        return 0
+    asked = GROUP if group is None else group
+    if type(asked) is not int or asked < SMALLEST or asked & (asked - 1):
+        raise FormatError(f"group = {asked!r}: must be a power of two, {SMALLEST} or more; {GROUP} as a rule")
+    most = min(x & -x for x in (c.width, c.hidden))
+    if most < SMALLEST:
+        raise FormatError(
+            f"width = {c.width}, hidden = {c.hidden}: runq needs groups that divide both, and those of {most} save too "
+            "little: choose multiples of 32, or version 0"
+        )
+    return min(asked, most)
 
 
 def _require(c: ModelConfig) -> None:
@@ -321,4 +364,5 @@ def quantized(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
     x = x.astype(np.float32).reshape(-1, group)
     scale = np.abs(x).max(axis=1) / np.float32(127)
     safe = np.where(scale == 0, np.float32(1), scale)  # a group of zeros
-    return np.rint(x / safe[:, None]).astype(np.int8), scale.astype("<f4")
+    q = np.clip(np.rint(x / safe[:, None]), -127, 127)  # the scale of the tiniest numbers is itself rounded
+    return q.astype(np.int8), scale.astype("<f4")

@@ -7,9 +7,11 @@ instead of being called <0x00> to <0xFF>, take part in merging: so a byte-level 
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import struct
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,29 +40,45 @@ def read_tokenizer(path: PathLike, vocab: int) -> Tokenizer:
     kind that `tokenizer_file` makes of a byte-level one, known by bytes that stand for themselves, gives one that cuts
     words as GPT-2 does, with no space in front, as the model was trained. `end` is `begin`: llama2.c knows no other.
 
-    Raises FormatError, with the file's name, for a file that is damaged or has another number of pieces.
+    Raises FileNotFoundError, and FormatError, with the file's name, for a file that is damaged or has another number
+    of pieces.
     """
     path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no tokenizer {str(path)!r}")
     return pieces.load(lambda: _document(*_entries(path, vocab)), path)
 
 
 def beside(path: Path, vocab: int) -> Tokenizer | None:
-    """The first tokenizer beside the model `path` that fits, None where there is no candidate.
+    """The tokenizer beside the model `path`: its own, else tokenizer.bin, else the only tok*.bin that fits.
 
-    Raises FormatError where there are some and none fits.
+    Warns where there are only files that do not fit, or several that do. Raises FormatError where its own does not fit.
     """
-    sure = [tokenizer_path(path), path.with_name("tokenizer.bin")]
-    found = [file for name in sure for file in (name, name.with_name(f"{name.name}.gz"))]
-    found += sorted([*path.parent.glob("tok*.bin"), *path.parent.glob("tok*.bin.gz")])
-    problems = []
-    for file in dict.fromkeys(found):
-        if file.is_file() and file != path:
+    for file in own_files(path):
+        if file.is_file():
             try:
                 return read_tokenizer(file, vocab)
             except FormatError as error:
-                problems.append(str(error))
-    if problems:
-        raise FormatError(f"{path}: no tokenizer beside it fits: {'; '.join(problems)}. Give the right one")
+                remedy = "give the right one (tokenizer=PATH), or read the model alone (tokenizer=False)"
+                raise FormatError(f"{error}. It lies beside {path.name}: {remedy}") from None
+    usual = _and_packed(path.with_name("tokenizer.bin"))
+    loose = sorted(file for end in ("bin", "bin.gz") for file in path.parent.glob(f"tok*.{end}"))
+    others = (".tokenizer.bin", ".tokenizer.bin.gz")  # another model's own
+    seen, fits = [], {}
+    for file in dict.fromkeys((*usual, *(file for file in loose if not file.name.endswith(others)))):
+        if file != path and file.is_file():
+            seen.append(file.name)
+            with contextlib.suppress(FormatError):
+                fits[file.name] = found = read_tokenizer(file, vocab)
+                if file in usual:
+                    return found
+    alike = [found for found in fits.values() if found == next(iter(fits.values()))]
+    if alike and len(alike) == len(fits):  # one, or copies of it
+        return alike[0]
+    if seen:
+        what = f"{', '.join(fits)} all fit" if fits else f"no tokenizer beside it fits ({', '.join(seen)})"
+        remedy = "name one (tokenizer=PATH), or say that there is none (tokenizer=False)"
+        warnings.warn(f"{path}: {what}, so the model has none: {remedy}", stacklevel=3)
     return None
 
 
@@ -68,6 +86,15 @@ def tokenizer_path(path: PathLike) -> Path:
     """Where `llama2c.write` puts the tokenizer of the model `path`: story.tokenizer.bin beside story.bin."""
     stem = Path(path).name.removesuffix(".gz").removesuffix(".bin")
     return Path(path).with_name(f"{stem}.tokenizer.bin")
+
+
+def own_files(path: PathLike) -> tuple[Path, Path]:
+    """The names under which a tokenizer belongs to the model `path` alone: `tokenizer_path`, plain and gzipped."""
+    return _and_packed(tokenizer_path(path))
+
+
+def _and_packed(path: Path) -> tuple[Path, Path]:
+    return path, path.with_name(f"{path.name}.gz")
 
 
 def _entries(path: Path, vocab: int) -> tuple[list[bytes], list[float]]:
