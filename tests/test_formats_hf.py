@@ -180,6 +180,15 @@ def test_half_floats(tmp_path):
     assert not (tmp_path / "large").exists()
     with pytest.raises(FormatError, match="float64"):
         hf.write(model, tmp_path / "large", dtype="float64")
+    with pytest.raises(FormatError, match=r"dtype = \['f16'\]"):
+        hf.write(model, tmp_path / "large", dtype=["f16"])
+    first = next(iter(named(model)))
+    assign(model, {n: np.full(x.shape, np.nan if n == first else 1.0, np.float32) for n, x in named(model).items()})
+    for dtype in ("f32", "f16", "bf16"):
+        with pytest.raises(FormatError, match=r"model\.\S+ holds values that are not finite$"):
+            hf.write(model, tmp_path / "nan", dtype=dtype)
+    for short, name in (("f32", "float32"), ("f16", "float16"), ("bf16", "bfloat16")):
+        assert contents(hf.write(scrambled({}), tmp_path / short, dtype=short))["config.json"].count(name.encode()) == 2
 
 
 def test_fused_layouts(tmp_path):
@@ -375,6 +384,13 @@ def test_folders_that_hold_no_model(tmp_path):
         hf.read(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FormatError, match=r"no model\.safetensors"):
+        hf.read(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(FormatError, match=r"model\.safetensors is damaged, .*: the file is empty$"):
+        hf.read(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(FormatError, match=r"config\.json is no file: it should hold the model's settings"):
         hf.read(tmp_path)
 
 

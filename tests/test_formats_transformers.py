@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from test_formats_hf import BERT, GPT, NEO, ROPE, TOKENIZER, WRITABLE, scrambled
 
+import tinylm
 from tinylm.config import ModelConfig, Sampling
 from tinylm.formats import hf, pieces
-from tinylm.generation import generate_tokens
+from tinylm.generation import generate, generate_tokens
 from tinylm.model import Transformer
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import bind, pure
@@ -248,6 +249,23 @@ def test_published_tokenizers_give_the_same_ids(shared_data, tmp_path):
         assert (there.bos_token_id, there.eos_token_id) == (tokenizer.begin, tokenizer.end)
 
 
+def test_pairs_of_texts_are_framed_as_theirs(tmp_path):
+    """An encoder's cls and sep, and the types that BERT's own tokenizer gives."""
+    raw = pieces.wordpieces(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "one", "day", "fox"], lowercase=True)
+    (tmp_path / "vocab.txt").write_text("\n".join(raw["model"]["vocab"]) + "\n")
+    own = transformers.BertTokenizer.from_pretrained(tmp_path)
+    for number, settings in enumerate(({"head": "mlm"}, {"head": "classes", "classes": 2}, {"head": "none"})):
+        config = ModelConfig(**{**BERT, **settings}, vocab=8, context=16, width=8, layers=1, heads=2)
+        folder = hf.write(Transformer(config, tokenizer=Tokenizer(raw)), tmp_path / str(number))
+        there = transformers.AutoTokenizer.from_pretrained(folder)
+        for texts in (("one day",), ("one day", "fox")):
+            assert there(*texts)["input_ids"] == own(*texts)["input_ids"]
+            assert there(*texts)["token_type_ids"] == own(*texts)["token_type_ids"]
+        with torch.no_grad():
+            opened(folder)(**there("one day", "fox", return_tensors="pt"))
+        assert hf.read(folder).tokenizer == Tokenizer(raw)
+
+
 GREEDY = [{"kv_heads": 2}, {**GPT, "mlp": "gelu_tanh"}, {"window": 6}, {**NEO, "window": (0, 5)}, {**ROPE, "rotary": 4}]
 
 
@@ -265,3 +283,28 @@ def test_greedy_text_is_the_same(settings, tmp_path):
             eos_token_id=None, suppress_tokens=banned, pad_token_id=0,
         )  # fmt: skip
     assert made[0, len(prompt) :].tolist() == ours.tolist()
+
+
+def same_text(model, prompt, tokens, folder):
+    """Their tokenizer, model and generate with nothing said but greedily, against ours."""
+    there, tokenizer = opened(hf.write(model, folder)), transformers.AutoTokenizer.from_pretrained(folder)
+    made = there.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=tokens, do_sample=False)
+    text = tokenizer.decode(made[0], skip_special_tokens=True)
+    assert text == generate(model, prompt, tokens=tokens, temperature=0)
+    assert hf.read(folder).tokenizer == model.tokenizer
+    return text
+
+
+@pytest.mark.parametrize("settings", GREEDY)
+def test_a_prompt_is_continued_there_as_here(settings, tmp_path):
+    for number, prompt in enumerate(("One day", "", "The fox ")):
+        same_text(scrambled(settings), prompt, 16, tmp_path / str(number))
+    instruct = scrambled(settings)
+    instruct.tokenizer = TOKENIZER.with_roles({"begin": TOKENIZER.cls, "end": TOKENIZER.sep})
+    same_text(instruct, "One day", 16, tmp_path / "instruct")
+
+
+def test_a_published_model_tells_the_same_story_there(shared_data, tmp_path):
+    model = tinylm.load(shared_data / "ckpt" / "stories260K" / "stories260K.bin")
+    for number, prompt in enumerate(("Once upon a time", "One day, Lily")):
+        assert len(same_text(model, prompt, 100, tmp_path / str(number))) > 150

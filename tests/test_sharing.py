@@ -92,9 +92,34 @@ def test_card_without_provenance_or_figures(run, model, tmp_path):
     assert "## Data" not in text
     with pytest.raises(FileNotFoundError):
         card(tmp_path)
-    hf.write(model, tmp_path / "theirs")
-    with pytest.raises(FileNotFoundError, match="nothing to tell"):
-        card(tmp_path / "theirs")
+
+
+def test_card_of_another_programs_model_says_what_it_shows(model, tmp_path):
+    for path in (hf.write(model, tmp_path / "theirs"), tinylm.save(model, tmp_path / "small.gguf")):
+        text = card(path)
+        assert f"# {path.name}".replace("_", r"\_") in text
+        told = rows(text)
+        assert (told["width"], told["layers"]) == ("8", "2")
+        assert told["sha256"] == tinylm.load(path).tokenizer.sha256
+        assert "## Training" not in text
+        assert "## Data" not in text
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_card_of_a_run_with_its_data_in_it(run, moved, tmp_path):
+    """As `tinylm train --text world` leaves it: the data lies in the run's folder, which may be moved."""
+    (tmp_path / "private" / "shards").rename(run / "data")
+    about = json.loads((run / "data" / "provenance.json").read_text())
+    about["valid"] = {"documents": 77, "bytes": 888, "sha256": "b" * 64, "tokens": 99}
+    (run / "data" / "provenance.json").write_text(json.dumps(about))
+    raw = json.loads((run / "config.json").read_text())
+    for part in raw["data"].values():
+        part["folder"] = str(tmp_path / "private" / "shards") if moved else "data"
+    (run / "config.json").write_text(json.dumps(raw))
+    told = rows(card(run))
+    assert [told[f"train, {key}"] for key in ("documents", "bytes", "tokens")] == ["1,234", "56,789", "4,321"]
+    assert [told[f"valid, {key}"] for key in ("documents", "bytes", "tokens")] == ["77", "888", "99"]
+    assert told["source"] == "world"
 
 
 def test_provenance_of_other_data_is_not_claimed(run, tmp_path):
@@ -277,6 +302,22 @@ def test_push_in_our_own_format(server, model, tmp_path):
     assert 'tinylm.load(pull("me/own"))' in server.files["me/own"]["README.md"].decode()
     back = tinylm.load(pull("me/own", cache=tmp_path / "cache"))
     assert all(np.array_equal(x, named(model)[name]) for name, x in named(back).items())
+
+
+def test_push_of_another_programs_model_in_half_floats(server, model, tmp_path, monkeypatch):
+    loads = []
+    load = tinylm.load
+    monkeypatch.setattr("tinylm.sharing.load", lambda *args, **more: loads.append(args) or load(*args, **more))
+    for path in (tinylm.save(model, tmp_path / "small.gguf"), hf.write(model, tmp_path / "theirs")):
+        push(path, "me/half", dtype="bf16")
+        assert json.loads(server.files["me/half"]["config.json"])["dtype"] == "bfloat16"
+        assert "sha256" in rows(server.files["me/half"]["README.md"].decode())
+        assert len(loads) == 1  # the card does not load it once more
+        loads.clear()
+    for format, option in (("hf", "codec"), ("tinylm", "dtype")):
+        with pytest.raises(FormatError, match=f"no option '{option}'"):
+            push(tmp_path / "theirs", "me/odd", format=format, **{option: "float16"})
+    assert "me/odd" not in server.files
 
 
 def test_what_push_refuses(server, run, tmp_path, monkeypatch):

@@ -84,6 +84,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} is a file, not the folder of a run") from None
     except FileNotFoundError:
         raise FileNotFoundError(f"{folder} has no config.json; {contents(folder)}") from None
+    except IsADirectoryError:
+        raise CheckpointDamaged(f"{path} is a folder, and should be a file") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointDamaged(f"{path} is damaged: {error}") from error
     if type(config) is not dict:

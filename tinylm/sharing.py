@@ -21,7 +21,7 @@ from tinylm.config import ModelConfig, TrainConfig
 from tinylm.folder import is_run, naming, read_config, read_tokenizer, versions
 from tinylm.formats import hub
 from tinylm.formats.tables import FormatError
-from tinylm.model import shapes
+from tinylm.model import Transformer, shapes
 from tinylm.run import Run
 from tinylm.store import PathLike, write_bytes
 from tinylm.tokenizer import Tokenizer
@@ -41,32 +41,35 @@ def card(
     text: str = "",
     name: str = "",
     format: Format = "tinylm",
+    model: Transformer | None = None,
 ) -> str:
     """A README.md for a model: front matter for the hub, then what it is, how it was trained, how to load it.
 
     Args:
-        source: a run folder, or a model saved by `tinylm.save`.
+        source: a run folder, or anything else that `tinylm.load` loads: of that, the card says what the model shows.
         extra: more entries of the front matter, such as license, language, datasets.
         text: a paragraph of your own. name: the title; default the folder's. format: what the files will be.
+        model: that of another program's files, where it is loaded already.
 
     Raises:
-        FileNotFoundError, CheckpointDamaged, StateMismatch, ConfigError: as `tinylm.load`.
+        FileNotFoundError, CheckpointDamaged, StateMismatch, ConfigError, FormatError: as `tinylm.load`.
         ValueError: `extra` holds what json cannot say.
     """
     folder = Path(source)
-    raw = read_config(folder)
+    raw = read_config(folder) if (folder / "config.json").is_file() else {}
     if is_run(raw):
         with Run.open(folder) as run:
             config, tokenizer = run.model, run.tokenizer
             step = max(run.steps(), default=0)
             records = [record for record in run.history() if _number(record.get("step")) <= step]
-        parts = [*_training(run.train, records), *_data(run.data)]
+        parts = [*_training(run.train, records), *_data(run.data, folder)]
     elif isinstance(raw.get("tinylm"), dict):
         with naming(folder / "config.json"):
             config = ModelConfig.from_dict(raw["tinylm"])
         tokenizer, parts = read_tokenizer(folder, raw.get("tokenizer")), []
     else:
-        raise FileNotFoundError(f"{folder} is neither a run nor a model saved by tinylm: there is nothing to tell")
+        model = model or load(source)
+        config, tokenizer, parts = model.config, model.tokenizer, []
     title = name or folder.absolute().name
     made = raw["versions"] if isinstance(raw.get("versions"), dict) else versions()
     lines = [
@@ -92,18 +95,21 @@ def push(
     format: Format = "hf",
     extra: Mapping[str, Any] | None = None,
     text: str = "",
+    **options: Any,
 ) -> str:
     """Upload a model and its card to the Hugging Face hub; returns the page's address.
 
     Nothing is uploaded but the files of the format and README.md, in one commit. Log in first: `hf auth login`.
 
     Args:
-        source: a run folder (its newest sound checkpoint), or a model saved by `tinylm.save`.
+        source: anything that `tinylm.load` loads; of a run folder, its newest sound checkpoint.
         repository: "name/repository"; made if need be. private: when it is made; an older one stays as it is.
         format: "hf" for transformers, "tinylm" for `tinylm.load` alone. extra, text: for `card`.
+        options: of the format, such as `dtype="bfloat16"` for hf, `codec="planes"` for tinylm.
 
     Raises:
-        FormatError: transformers cannot say this model; no login, no network, a refusal of the hub, no package.
+        FormatError: transformers cannot say this model; an option that the format does not know; no login, no network,
+            a refusal of the hub, no package.
     """
     library, errors, failures = hub.package()
     if not hub.NAME.fullmatch(repository):
@@ -113,8 +119,9 @@ def push(
     api = library.HfApi(endpoint=hub.endpoint())
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "model"
-        save(load(source), folder, format="hf" if format == "hf" else None)
-        about = card(source, extra=extra, text=text, name=repository, format=format)
+        model = load(source)
+        save(model, folder, format=format, **options)
+        about = card(source, extra=extra, text=text, name=repository, format=format, model=model)
         write_bytes(folder / "README.md", about.encode())
         try:
             address = api.create_repo(repository, private=private, exist_ok=True)
@@ -176,7 +183,7 @@ def _training(train: TrainConfig, records: list[dict[str, Any]]) -> list[str]:
     return parts + (["## Results", _table(("measured", "value"), results)] if results else [])
 
 
-def _data(data: Mapping[str, Any]) -> list[str]:
+def _data(data: Mapping[str, Any], run: Path) -> list[str]:
     """Hashes of the tokens, and their provenance where it is still there and is theirs."""
     rows: list[tuple[str, Any]] = []
     about: dict[str, Any] = {}
@@ -185,11 +192,13 @@ def _data(data: Mapping[str, Any]) -> list[str]:
         if not isinstance(part, dict):
             continue
         rows.append((f"{split}, sha256 of the tokens", part.get("sha256")))
-        found = _provenance(part.get("folder"))
-        counted = found.get(split)
-        if isinstance(counted, dict) and counted.get("sha256") == part.get("sha256"):
-            about = about or found
-            rows += [(f"{split}, {key}", counted.get(key)) for key in ("documents", "bytes", "tokens")]
+        for place in (part.get("folder"), "data"):  # seen from the run's folder, which may have been moved with them
+            found = _provenance(run, place)
+            counted = found.get(split)
+            if isinstance(counted, dict) and counted.get("sha256") == part.get("sha256"):
+                about = about or found
+                rows += [(f"{split}, {key}", counted.get(key)) for key in ("documents", "bytes", "tokens")]
+                break
     wish = about.get("wish")
     if isinstance(wish, dict) and isinstance(wish.get("sources"), list):
         rows += [("source", source) for source in wish["sources"]]
@@ -201,9 +210,9 @@ def _data(data: Mapping[str, Any]) -> list[str]:
     return ["## Data", _table(("data", ""), rows)] if rows else []
 
 
-def _provenance(folder: Any) -> dict[str, Any]:
+def _provenance(run: Path, folder: Any) -> dict[str, Any]:
     try:
-        raw = json.loads((Path(folder) / "provenance.json").read_bytes())
+        raw = json.loads((run / folder / "provenance.json").read_bytes())
     except (OSError, ValueError, TypeError, RecursionError):
         return {}
     return raw if isinstance(raw, dict) else {}

@@ -8,6 +8,7 @@ loader panics on 4 % and aborts the process on 2 % of damaged files (tokenizers#
 from __future__ import annotations
 
 import codecs
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -16,25 +17,17 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import tokenizers
 
-from tinylm.vocabulary import ALONE, SYMBOLS, Checked, TokenizerError, check, parse
+from tinylm.vocabulary import ALONE, ROLES, SYMBOLS, Checked, TokenizerError, check, marked, parse, require
 
 Kind = Literal["bpe", "wordpiece", "unigram", "byte"]
 SPECIALS = ("<|endoftext|>", "<|pad|>", "<|mask|>", "<|cls|>", "<|sep|>")
-ROLES = {  # what foreign tokenizers call them, in order of preference
-    "begin": ("<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>"),
-    "end": ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>"),
-    "pad": ("<|pad|>", "[PAD]", "<pad>"),
-    "mask": ("<|mask|>", "[MASK]", "<mask>"),
-    "cls": ("<|cls|>", "[CLS]", "<s>"),
-    "sep": ("<|sep|>", "[SEP]", "</s>"),
-}
 CONTINUES = "##"  # WordPiece's mark of a piece inside a word
 LONGEST = 2**18  # characters of one text handed to the library at once: it takes ~100 bytes of memory per token
 AT_ONCE = 2**21  # characters of all texts
@@ -70,7 +63,8 @@ class Tokenizer:
         specials: string -> id of the special tokens. They never come out of user text.
         begin, end: ids before and after every text; one and the same in our own tokenizers, and where a foreign one has
             but one of them; None where it has neither.
-        pad, mask, cls, sep: ids by role, None when a foreign tokenizer lacks one.
+        pad, mask, cls, sep: ids by role, None when a foreign tokenizer lacks one. Roles follow from an entry "roles" of
+            an added token, else from the names of the special tokens.
         prefix: what encoding puts in front of every text, so decoding gives it back: b" " for SentencePiece's, or b"".
         sha256: of the canonical json (key order and spacing do not matter).
     """
@@ -120,11 +114,7 @@ class Tokenizer:
             "prefix": checked.prefix,
             "sha256": hashlib.sha256(canonical.encode()).hexdigest(),
         }
-        for role, candidates in ROLES.items():
-            values[role] = next((checked.specials[c] for c in candidates if c in checked.specials), None)
-        for role, other in (("begin", "end"), ("end", "begin")):
-            values[role] = values[other] if values[role] is None else values[role]
-        for name, value in values.items():
+        for name, value in (values | checked.roles).items():
             object.__setattr__(self, name, value)
         self._rust.encode_special_tokens = True  # "<|endoftext|>" in the text is thirteen characters like any others
         self._prove(checked)
@@ -189,6 +179,21 @@ class Tokenizer:
             raise TokenizerError(f"{file}: not UTF-8 at byte {error.start}") from None
         except TokenizerError as error:
             raise TokenizerError(f"{file}: {error}") from None
+
+    def with_roles(self, said: Mapping[str, int | None]) -> Tokenizer:
+        """The same tokenizer with its begin, end, pad and so on where another file says (role -> id) that they are.
+
+        An id that is neither special nor an added token is ignored, and where the roles agree nothing changes. Raises
+        TokenizerError for a role that there is not.
+        """
+        require(said.keys() <= ROLES.keys(), f"roles {', '.join(said)}: known are {', '.join(ROLES)}")
+        said = {role: i for role, i in said.items() if i is not None}
+        if all(getattr(self, role) == i for role, i in said.items()):
+            return self
+        for promote in (True, False):  # an added token that ordinary text becomes cannot be made special
+            with contextlib.suppress(TokenizerError):
+                return Tokenizer(marked(self._raw, said, promote))
+        return self
 
     def to_json(self) -> str:
         """The tokenizer.json, readable by `tokenizers` and `transformers`."""

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 # A piece inside a word starts with '##', so a literal '#' must stand alone or "##ing" in the text would be read as an
@@ -27,6 +28,14 @@ TOP = (
     "decoder",
     "model",
 )
+ROLES = {  # what foreign tokenizers call them, in order of preference; a file may say otherwise, see `marked`
+    "begin": ("<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>"),
+    "end": ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>"),
+    "pad": ("<|pad|>", "[PAD]", "<pad>"),
+    "mask": ("<|mask|>", "[MASK]", "<mask>"),
+    "cls": ("<|cls|>", "[CLS]", "<s>"),
+    "sep": ("<|sep|>", "[SEP]", "</s>"),
+}
 FLAG = (True, False)
 MAYBE = (True, False, None)
 BEHAVIOR = ("Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous")
@@ -117,6 +126,7 @@ BYTE_OF = {symbol: byte for byte, symbol in enumerate(SYMBOLS)}
 class Checked:
     """A tokenizer.json that passed: names and bytes by id, added and special tokens by name, the encoder's json.
 
+    `roles` are ids by role, None where there is no such token.
     `prefix` is what a text's first token begins with though the text does not.
     """
 
@@ -124,6 +134,7 @@ class Checked:
     content: tuple[bytes, ...]
     added: dict[str, int]
     specials: dict[str, int]
+    roles: dict[str, int | None]
     byte_level: bool
     lossless: bool
     prefix: bytes
@@ -210,7 +221,8 @@ def check(raw: dict[str, Any]) -> Checked:
     encoder = {**raw, "truncation": None, "padding": None, "post_processor": None, "decoder": None}
     encoder["model"] = dict(model)
     if kind == "BPE":  # pairs, because the library skips a merge written as a string that begins with "#version"
-        encoder["model"]["merges"] = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        encoder["model"]["merges"] = [pair_of(merge) for merge in model["merges"]]
+    encoder["added_tokens"] = [{key: t[key] for key in t if key != "roles"} for t in added]
     outside = [t for t in added if t["content"] not in vocab]
     if kind != "Unigram" and any(t["id"] != i for i, t in enumerate(outside, len(vocab))):
         # The library numbers them on from the vocabulary unless it finds them in it.
@@ -221,6 +233,7 @@ def check(raw: dict[str, Any]) -> Checked:
         content=tuple(plainly[n] if n in plainly else _content(n, model, byte_level) for n in names),
         added={t["content"]: t["id"] for t in added},
         specials={t["content"]: t["id"] for t in added if t["special"]},
+        roles=roles_of(added),
         byte_level=byte_level,
         prefix=b" " if spaced or any(_prepends(step) for step in (*normalizers, *splits)) else b"",
         lossless=byte_level and covered and kept and ordinary and not spaced and not normalizers,
@@ -229,6 +242,42 @@ def check(raw: dict[str, Any]) -> Checked:
         and not any(n["type"] in ("Prepend", "Replace") for n in normalizers),
         encoder=encoder,
     )
+
+
+def pair_of(merge: Any) -> Any:
+    """The two tokens of a merge, which older files write as one text."""
+    return merge.split(" ") if isinstance(merge, str) else merge
+
+
+def roles_of(added: list[dict[str, Any]]) -> dict[str, int | None]:
+    """The id in each role: of the token whose `roles` say so, else by name; begin and end stand in for each other."""
+    said = {role: token["id"] for token in added for role in token.get("roles", [])}
+    special = {token["content"]: token["id"] for token in added if token["special"]}
+    named = {role: next((special[n] for n in names if n in special), None) for role, names in ROLES.items()}
+    roles = named | said
+    return {**roles, **{a: roles[a if roles[a] is not None else b] for a, b in (("begin", "end"), ("end", "begin"))}}
+
+
+def marked(document: dict[str, Any], said: Mapping[str, int], promote: bool = False) -> dict[str, Any]:
+    """A tokenizer.json in which the tokens have the roles that another file says, role -> id.
+
+    They are an entry "roles" of an added token, which the `tokenizers` library passes over (an entry of the document's
+    own makes it fail). Nothing is added where the names alone give the same; an id that is no special token is ignored,
+    or with `promote` made special where it is an added token.
+    """
+    added = [dict(token) for token in document.get("added_tokens") or []]
+    by_id = {token["id"]: token for token in added if token["special"] or promote}
+    wanted = {role: i for role, i in said.items() if i in by_id}
+    for i in wanted.values():
+        by_id[i]["special"] = True
+    while wrong := {role: i for role, i in wanted.items() if roles_of(added)[role] != i}:  # one may change another
+        for token in added:
+            mine = [role for role in token.get("roles", []) if role not in wrong]
+            mine += [role for role, i in wrong.items() if i == token["id"]]
+            token.pop("roles", None)
+            if mine:
+                token["roles"] = sorted(mine)
+    return {**document, "added_tokens": added} if wanted else document
 
 
 def _prepends(step: dict[str, Any]) -> bool:
@@ -282,7 +331,7 @@ def _added(raw: Any) -> list[dict[str, Any]]:
     require(raw is None or isinstance(raw, list), "added_tokens must be a list")
     flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
     for token in raw or []:
-        good = isinstance(token, dict) and set(token) == {"id", "content", *flags}
+        good = isinstance(token, dict) and set(token) - {"roles"} == {"id", "content", *flags}
         require(good, f"added token {_short(token)}: needs exactly id, content, {', '.join(flags)}")
         require(
             isinstance(token["content"], str) and 0 < len(token["content"]) <= 256,
@@ -293,8 +342,19 @@ def _added(raw: Any) -> list[dict[str, Any]]:
             all(_among(token[f], FLAG) for f in flags),
             f"added token {_short(token['content'])}: flags are true or false",
         )
+        said = token.get("roles", ["end"])
+        require(
+            isinstance(said, list) and said and all(isinstance(role, str) and role in ROLES for role in said),
+            f"added token {_short(token['content'])}: roles = {_short(said)}: known are {', '.join(ROLES)}",
+        )
+        require(
+            token["special"] or "roles" not in token, f"added token {_short(token['content'])} has roles, not special"
+        )
     names = [t["content"] for t in raw or []]
     require(len(set(names)) == len(names), "an added token occurs twice")
+    taken = [role for t in raw or [] for role in t.get("roles", [])]
+    twice = next((role for role in taken if taken.count(role) > 1), None)
+    require(twice is None, f"the role {twice} is given twice among the added tokens")
     return raw or []
 
 
@@ -335,7 +395,7 @@ def _model(model: dict[str, Any], vocab: dict[str, int]) -> None:
         return
     require(isinstance(model["merges"], list), "BPE.merges must be a list")
     for merge in model["merges"]:
-        pair = merge.split(" ") if isinstance(merge, str) else merge
+        pair = pair_of(merge)
         if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(p, str) and p for p in pair)):
             raise TokenizerError(f"BPE merge {_short(merge)} is not a pair of tokens")
         for token in (*pair, pair[0] + pair[1]):

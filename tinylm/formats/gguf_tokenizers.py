@@ -21,7 +21,7 @@ from tinylm.formats.pieces import BYTE, CONTROL, NORMAL, PATTERNS, SPACE, UNKNOW
 from tinylm.formats.tables import FormatError
 from tinylm.store import PathLike
 from tinylm.tokenizer import Tokenizer
-from tinylm.vocabulary import TokenizerError
+from tinylm.vocabulary import TokenizerError, pair_of
 
 AT = "tokenizer.ggml."
 PRE = {  # llama.cpp's names of one pattern; the first is written
@@ -32,6 +32,8 @@ PRE = {  # llama.cpp's names of one pattern; the first is written
 }
 PADDING = re.compile(r"\[PAD\d+\]")
 NONE = ("none", "no_vocab")
+# What llama.cpp calls our roles, its own spelling of the last. In front of a text BERT's kind has only cls.
+ROLES = {"begin": "bos", "end": "eos", "pad": "padding", "mask": "mask", "cls": "cls", "sep": "seperator"}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -60,7 +62,11 @@ def read(metadata: Mapping[str, Any], vocab: int) -> Tokenizer | None:
             types.pop()
         if wrong := {*types} - {NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE}:
             raise FormatError(f"{AT}token_type holds {sorted(wrong)[0]}: 1 to 6 are known")
-        return Tokenizer.from_json(json.dumps(makers[kind](metadata, names, types)))
+        made = Tokenizer.from_json(json.dumps(makers[kind](metadata, names, types)))
+        roles = {role: said for role, said in ROLES.items() if kind != "bert" or role not in ("begin", "end")}
+        # bos opens each text in training also where `add_bos_token` is false: llama.cpp then puts none before a prompt,
+        # but GPT-2 has learned its <|endoftext|> as the beginning of texts all the same.
+        return made.with_roles({role: _id(metadata, said, made.vocab) for role, said in roles.items()})
 
 
 def tokenizer_of(path: PathLike) -> Tokenizer | None:
@@ -98,12 +104,6 @@ def _sentencepiece(metadata: Mapping[str, Any], names: list[str], types: list[in
     if not scores:
         raise FormatError(f"{AT}scores is missing")
     where = lambda *kinds: [i for i, kind in enumerate(types) if kind in kinds]  # noqa: E731
-    bytes_at = None
-    if where(BYTE):
-        named = {names[i]: i for i in where(BYTE)}
-        bytes_at = [named.get(f"<0x{byte:02X}>", -1) for byte in range(256)]
-        if -1 in bytes_at or len(where(BYTE)) != 256:
-            raise FormatError(f"{len(where(BYTE))} tokens stand for bytes: all 256 are needed, or none")
     begin, end, unknown = (_id(metadata, role, len(names)) for role in ("bos", "eos", "unknown"))
     special = {i for i in (begin, end, unknown) if i is not None} | {*where(CONTROL, UNKNOWN, UNUSED)}
     return pieces.scored(
@@ -112,7 +112,7 @@ def _sentencepiece(metadata: Mapping[str, Any], names: list[str], types: list[in
         unknown=next(iter(where(UNKNOWN)), unknown),
         begin=begin,
         end=end,
-        bytes_at=bytes_at,
+        bytes_at=pieces.bytes_among(names, types),
         control=sorted(special),
         user=where(USER),
         add_prefix_space=metadata.get(f"{AT}add_space_prefix", True) is True,
@@ -213,6 +213,8 @@ def _entries(
         raise _unsaid("one without an end token (it would take token 11 or 2 for it)")
     begin = tokenizer.cls if kind == "bert" else tokenizer.begin
     roles = {"bos": begin, "eos": tokenizer.end, "padding": tokenizer.pad, "mask": tokenizer.mask}
+    marked = {role for token in json.loads(tokenizer.to_json())["added_tokens"] for role in token.get("roles", ())}
+    roles |= {ROLES[role]: getattr(tokenizer, role) for role in ("cls", "sep") if role in marked}  # else by their names
     said = {f"{role}_token_id": i for role, i in roles.items() if i is not None}
     first = {"model": kind, "pre": pre, "tokens": list(names), "token_type": list(types)}
     flags = {"add_bos_token": True} | ({} if kind == "bert" else {"add_eos_token": False})
@@ -234,15 +236,15 @@ def _said_bytes(tokenizer: Tokenizer, raw: Mapping[str, Any], splits: list[dict[
 
 def _said_wordpieces(tokenizer: Tokenizer, normalizer: Mapping[str, Any]) -> dict[str, Any]:
     special = tokenizer.specials
-    needed = {"unknown": "[UNK]", "seperator": "[SEP]", "cls": "[CLS]"}  # llama.cpp's own spelling
-    if missing := [name for name in needed.values() if name not in special]:
+    if missing := [name for name in ("[UNK]", "[SEP]", "[CLS]") if name not in special]:
         raise _unsaid(f"WordPiece without {', '.join(missing)}")
     if not (normalizer["clean_text"] and normalizer["handle_chinese_chars"]):
         raise _unsaid("WordPiece that keeps control characters, or Chinese ones together")
     mark = lambda name: name[2:] if name.startswith("##") else f"{SPACE}{name}"  # noqa: E731
     names = [name if name in special else mark(name) for name in tokenizer.names]
     accents = normalizer.get("strip_accents")
-    more: dict[str, Any] = {f"{role}_token_id": special[name] for role, name in needed.items()}
+    more: dict[str, Any] = {"unknown_token_id": special["[UNK]"]}
+    more |= {f"{ROLES[role]}_token_id": getattr(tokenizer, role) for role in ("sep", "cls")}
     more["normalizer.lowercase"] = normalizer["lowercase"]
     if accents is not None:  # else it follows `lowercase`, there as here
         more["normalizer.strip_accents"] = accents
@@ -255,7 +257,7 @@ def _said_sentencepiece(tokenizer: Tokenizer, raw: Mapping[str, Any], prefix: bo
     names, special = tokenizer.names, tokenizer.specials
     bytes_at = [names.index(f"<0x{byte:02X}>") for byte in range(256)] if raw["model"].get("byte_fallback") else None
     user = [t["id"] for t in raw["added_tokens"] if not t["special"]]
-    merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in raw["model"]["merges"]]
+    merges = [tuple(pair_of(merge)) for merge in raw["model"]["merges"]]
     ranks: dict[str, int] = {}
     for left, right in merges:
         ranks.setdefault(left + right, len(ranks))

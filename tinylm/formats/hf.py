@@ -32,10 +32,13 @@ from tinylm.store import LEFTOVER, PathLike, sync_folder, write_bytes
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import named
 
-Dtype = Literal["float32", "float16", "bfloat16"]
+Dtype = Literal["float32", "float16", "bfloat16", "f32", "f16", "bf16"]
+SHORT = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # as GGUF calls them
+ROLES = {"begin": "bos", "end": "eos", "pad": "pad", "mask": "mask", "cls": "cls", "sep": "sep"}  # ours, theirs
 HEADS = ("lm_head.", "embed_out.", "cls.", "classifier.")  # names outside the trunk
 OURS = ("config.json", "generation_config.json", SINGLE, "tokenizer.json", "tokenizer_config.json")
 MARK = "written_by"  # in a config.json of ours; not "tinylm", which `checkpoint.save` writes
+FIT = "tokenizer_sha256"  # in a config.json of ours: of the tokenizer before `_document` fitted it to transformers
 DEEP = 16  # layers; JAX takes seconds to describe many more, so their tensors are looked at first
 
 
@@ -52,13 +55,15 @@ def read(folder: PathLike) -> Transformer:
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {str(folder)!r}")
     if not (folder / "config.json").is_file():
+        if (folder / "config.json").exists():
+            raise FormatError(f"{folder / 'config.json'} is no file: it should hold the model's settings")
         raise FormatError(f"{folder} has no config.json: it is no folder of transformers")
     raw, weights = load_json(folder / "config.json"), Weights(folder)
     try:
         config, params = _model(raw, weights)
     except FormatError as error:
         raise FormatError(f"{folder}: {error}") from None
-    return tables.build(config, params, _tokenizer(folder, config))
+    return tables.build(config, params, _tokenizer(folder, raw, config))
 
 
 def _model(raw: dict[str, Any], weights: Weights) -> tuple[ModelConfig, dict[str, np.ndarray]]:
@@ -188,7 +193,7 @@ def _equal(weights: Weights, a: str, b: str) -> bool:
     return x.dtype == y.dtype and x.shape == y.shape and weights.get(a).tobytes() == weights.get(b).tobytes()
 
 
-def _tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
+def _tokenizer(folder: Path, raw: dict[str, Any], config: ModelConfig) -> Tokenizer | None:
     try:
         tokenizer = tokenizer_of(folder)
         if tokenizer is not None and tokenizer.vocab > config.vocab:
@@ -196,7 +201,59 @@ def _tokenizer(folder: Path, config: ModelConfig) -> Tokenizer | None:
     except FormatError as error:
         warnings.warn(f"{folder}: loaded without its tokenizer, which the kit does not take: {error}", stacklevel=3)
         return None
-    return tokenizer
+    if tokenizer is None:
+        return None
+    tokenizer = tokenizer.with_roles(_roles(folder, raw, tokenizer))
+    fit = raw.get(FIT) if raw.get(MARK) == "tinylm" else None
+    return _unframed(tokenizer, config, fit) if type(fit) is str and fit != tokenizer.sha256 else tokenizer
+
+
+def _roles(folder: Path, raw: dict[str, Any], tokenizer: Tokenizer) -> dict[str, int]:
+    """The id in each role: by config.json's ids, else tokenizer_config.json's names, else generation_config.json's ids.
+
+    Of several, the first that is special; ids of tokens that were never added are passed over.
+    """
+    added = {token["id"]: token for token in json.loads(tokenizer.to_json()).get("added_tokens") or []}
+    named = {token["content"]: i for i, token in added.items()}
+    words, last = _beside(folder / "tokenizer_config.json"), _beside(folder / "generation_config.json")
+    roles = {}
+    for role, theirs in ROLES.items():
+        word = words.get(f"{theirs}_token")
+        word = word.get("content") if type(word) is dict else word
+        ids = [raw.get(f"{theirs}_token_id"), named.get(word) if type(word) is str else None]
+        for said in (*ids, last.get(f"{theirs}_token_id")):
+            found = [i for i in (said if type(said) is list else [said]) if type(i) is int and i in added]
+            if found:
+                roles[role] = next((i for i in found if added[i]["special"]), found[0])
+                break
+    return roles
+
+
+def _beside(path: Path) -> dict[str, Any]:
+    """What a file beside config.json says; nothing where there is none, or (with a warning) a damaged one."""
+    try:
+        return load_json(path) if path.is_file() else {}
+    except FormatError as error:
+        warnings.warn(f"{error}; the begin and end tokens it may name are not used", stacklevel=5)
+        return {}
+
+
+def _unframed(tokenizer: Tokenizer, config: ModelConfig, sha256: str) -> Tokenizer:
+    """The tokenizer that `_document` wrote; without its template it is the one that training data was made with."""
+    document = json.loads(tokenizer.to_json())
+    ours, there = _template(tokenizer, config), document.get("post_processor")
+    steps = there.get("processors") if there else None
+    if ours is not None and there == ours:
+        document["post_processor"] = None
+    elif ours is not None and type(steps) is list and len(steps) == 2 and steps[1] == ours:
+        document["post_processor"] = steps[0]
+    else:
+        return tokenizer
+    found = Tokenizer(document)
+    if found.sha256 != sha256 and document["post_processor"] is None:  # some files lack the entry
+        bare = Tokenizer({name: part for name, part in document.items() if name != "post_processor"})
+        return bare if bare.sha256 == sha256 else found
+    return found
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -223,20 +280,23 @@ class Plan(NamedTuple):
 def write(model: Transformer, folder: PathLike, *, dtype: Dtype = "float32") -> Path:
     """Write a folder that transformers opens: config.json (last), model.safetensors, the tokenizer, generation ids.
 
+    Their tokenizer frames texts as the kit does, so that a prompt is continued there as by `tinylm.generate`.
+
     Of the architectures that give the same logits the one is taken that has the model's own settings. Where one always
     has a bias, or token types, or a pooler (BertModel), which the model lacks, zeros are written. Dropout is written
     where theirs has the same places. The same model gives the same bytes.
 
     Args:
         model: without techniques (fold them first). folder: made if need be; an earlier folder of ours is replaced.
-        dtype: of the weights.
+        dtype: of the weights; f32, f16 and bf16 are short for them.
 
     Raises:
         FormatError: no architecture says this model (every reason, for the nearest), or weights exceed the dtype.
         FileExistsError: the folder holds something else. OSError: path, free and needed MB.
     """
+    dtype = SHORT.get(dtype, dtype) if type(dtype) is str else dtype
     if dtype not in ("float32", "float16", "bfloat16"):
-        raise FormatError(f"dtype = {dtype!r}: must be float32, float16 or bfloat16")
+        raise FormatError(f"dtype = {dtype!r}: must be float32, float16 or bfloat16 (f32, f16, bf16)")
     folder, config = Path(folder), model.config
     params = {name: np.asarray(value, np.float32) for name, value in named(model).items()}
     complain(
@@ -247,9 +307,7 @@ def write(model: Transformer, folder: PathLike, *, dtype: Dtype = "float32") -> 
     )
     plan = planned(config, params)
     tensors = _tensors(plan, params)
-    with np.errstate(over="ignore"):
-        bad = [name for name, x in tensors.items() if not np.isfinite(x.astype(FLOATS[CODES[dtype]])).all()]
-    complain([f"{name} holds values that are not finite, or exceed {dtype} (use bfloat16)" for name in bad])
+    complain(_unwritable(tensors, dtype))
     special = _special(model.tokenizer, config) if model.tokenizer else {}
     ids = {f"{role}_token_id": i for role, (_, i) in special.items() if role in ("bos", "eos", "pad")}
     ends = sorted({ids[f"{role}_token_id"] for role in ("bos", "eos") if role in special})  # ours end at either
@@ -262,6 +320,7 @@ def write(model: Transformer, folder: PathLike, *, dtype: Dtype = "float32") -> 
         **ids,
         **plan.raw,
         MARK: "tinylm",
+        **({FIT: model.tokenizer.sha256} if model.tokenizer else {}),
     }
     files = {"config.json": raw}
     if model.tokenizer:
@@ -269,17 +328,24 @@ def write(model: Transformer, folder: PathLike, *, dtype: Dtype = "float32") -> 
             "tokenizer_class": "PreTrainedTokenizerFast",
             "model_max_length": config.context,
             "clean_up_tokenization_spaces": False,
+            "model_input_names": [
+                "input_ids",
+                *(["token_type_ids"] if config.kind == "encoder" else []),
+                "attention_mask",
+            ],
             **{f"{role}_token": name for role, (name, _) in special.items()},
         }
     if config.kind == "decoder" and config.head in ("tied", "untied"):
         files["generation_config.json"] = ids | ({"eos_token_id": ends} if len(ends) > 1 else {})
+        if model.tokenizer and model.tokenizer.vocab < config.vocab:  # ids without a text, which we never give either
+            files["generation_config.json"]["suppress_tokens"] = [*range(model.tokenizer.vocab, config.vocab)]
     _free(folder)
     (folder / "config.json").unlink(missing_ok=True)  # without it, a half-replaced folder is no model
     sync_folder(folder)
     write_file(folder / SINGLE, tensors, dtype)
     for name in OURS[::-1]:
         if name == "tokenizer.json" and model.tokenizer:
-            write_bytes(folder / name, model.tokenizer.to_json().encode())
+            write_bytes(folder / name, _document(model.tokenizer, config).encode())
         elif name in files:
             write_bytes(folder / name, (json.dumps(files[name], indent=2, sort_keys=True) + "\n").encode())
         elif name != SINGLE:
@@ -361,12 +427,56 @@ def _tensors(plan: Plan, params: dict[str, np.ndarray]) -> dict[str, np.ndarray]
 
 def _special(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, tuple[str, int]]:
     """Their role -> the special token and its id."""
-    roles = {"bos": tokenizer.begin, "eos": tokenizer.end, "pad": tokenizer.pad, "mask": tokenizer.mask}
-    if config.kind == "encoder":
-        roles |= {"cls": tokenizer.cls, "sep": tokenizer.sep}
-    unknown = json.loads(tokenizer.to_json())["model"].get("unk_token")
+    document = json.loads(tokenizer.to_json())
+    marked = {role for token in document.get("added_tokens") or [] for role in token.get("roles", ())}
+    wanted = [role for role in ROLES if role not in ("cls", "sep") or config.kind == "encoder" or role in marked]
+    roles = {ROLES[role]: getattr(tokenizer, role) for role in wanted}
+    unknown = document["model"].get("unk_token")
     roles["unk"] = tokenizer.specials.get(unknown) if type(unknown) is str else None
     return {role: (tokenizer.names[i], i) for role, i in roles.items() if i is not None}
+
+
+def _unwritable(tensors: dict[str, np.ndarray], dtype: str) -> list[str]:
+    problems = []
+    for name, x in tensors.items():
+        with np.errstate(over="ignore"):
+            fits = np.isfinite(x.astype(FLOATS[CODES[dtype]])).all()
+        if not fits and not np.isfinite(x).all():
+            problems.append(f"{name} holds values that are not finite")
+        elif not fits:
+            other = "bfloat16" if dtype == "float16" else "float32"
+            problems.append(f"{name} holds values that exceed {dtype} (use {other})")
+    return problems
+
+
+def _document(tokenizer: Tokenizer, config: ModelConfig) -> str:
+    """The tokenizer.json for transformers: it frames texts, and has no roles, which config.json says there."""
+    document = json.loads(tokenizer.to_json())
+    for token in document.get("added_tokens") or []:
+        token.pop("roles", None)  # transformers would print that it does not know them
+    there, ours = document.get("post_processor"), _template(tokenizer, config)
+    if ours is not None and there is None:
+        document["post_processor"] = ours
+    elif ours is not None and there["type"] == "ByteLevel":  # it moves offsets alone: texts would go bare
+        document["post_processor"] = {"type": "Sequence", "processors": [there, ours]}
+    return json.dumps(document, ensure_ascii=False, indent=1)
+
+
+def _template(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any] | None:
+    """What stands around a text, and around two: a begin before each, or an encoder's cls and sep."""
+    encoder = config.kind == "encoder"
+    first, last = (tokenizer.cls, tokenizer.sep) if encoder else (tokenizer.begin, None)
+    if first is None or (encoder and last is None):
+        return None
+    mark = lambda i, kind: {"SpecialToken": {"id": tokenizer.names[i], "type_id": kind}}  # noqa: E731
+    text = lambda which, kind: {"Sequence": {"id": which, "type_id": kind}}  # noqa: E731
+    second = 0 if encoder and config.token_types == 1 else 1  # a type that the model has
+    ends = [mark(last, 0)] if encoder else []
+    single = [mark(first, 0), text("A", 0), *ends]
+    other = [text("B", second), mark(last, second)] if encoder else [mark(first, second), text("B", second)]
+    names = {tokenizer.names[i]: i for i in (first, last) if i is not None}
+    known = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in names.items()}
+    return {"type": "TemplateProcessing", "single": single, "pair": [*single, *other], "special_tokens": known}
 
 
 def _free(folder: Path) -> None:

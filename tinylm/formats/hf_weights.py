@@ -109,6 +109,8 @@ def _header(path: Path) -> dict[str, Place]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if not size:
+            raise ValueError("the file is empty")
         if size < 8 or length > size - 8:
             raise ValueError(f"it claims a header of {length:,} bytes in a file of {size:,}")
         if length > LONGEST:
@@ -161,10 +163,12 @@ def load_json(path: Path) -> dict[str, Any]:
         if path.stat().st_size > LONGEST:
             raise FormatError(f"{path}: longer than {LONGEST:,} bytes")
         value = json.loads(path.read_bytes().decode(), object_pairs_hook=_distinct)
+    except FormatError:
+        raise
     except (ValueError, RecursionError) as error:
-        if isinstance(error, FormatError):
-            raise
         raise FormatError(f"{path} is damaged: {error}") from None
+    except OSError as error:
+        raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
     if type(value) is not dict:
         raise FormatError(f"{path} is damaged: it holds no json object")
     return value

@@ -23,7 +23,7 @@ from tinylm.formats import pieces
 from tinylm.formats.tables import FormatError
 from tinylm.store import PathLike
 from tinylm.tokenizer import Tokenizer
-from tinylm.vocabulary import LARGEST, SYMBOLS
+from tinylm.vocabulary import LARGEST, SYMBOLS, pair_of
 
 UNKNOWN, BEGIN, END, BYTES = 0, 1, 2, range(3, 259)  # ids that the program knows
 NEVER = -1e10  # a score that the program never merges to
@@ -165,7 +165,7 @@ def tokenizer_file(tokenizer: Tokenizer, vocab: int) -> tuple[bytes, np.ndarray]
     _require(tokenizer, raw)
     ranks: dict[str, int] = {}
     for rank, pair in enumerate(model["merges"]):
-        ranks.setdefault("".join(pair.split(" ") if isinstance(pair, str) else pair), rank)
+        ranks.setdefault("".join(pair_of(pair)), rank)
     known = {name: i for i, name in enumerate(tokenizer.names)}
     bytes_at = [known[name] for byte in range(256) if (name := f"<0x{byte:02X}>" if spaced else SYMBOLS[byte]) in known]
     if len(bytes_at) < 256:

@@ -15,7 +15,7 @@ from typing import Any
 from tinylm.formats.tables import FormatError
 from tinylm.store import PathLike
 from tinylm.tokenizer import Tokenizer
-from tinylm.vocabulary import BYTE_NAME, GPT4, LARGEST, QWEN, TokenizerError, parse
+from tinylm.vocabulary import BYTE_NAME, GPT4, LARGEST, QWEN, TokenizerError, marked, pair_of, parse
 
 SPACE = "\u2581"  # SentencePiece's visible space
 LONGEST = 256  # characters of one piece: all its splits are looked up, so work grows with the square
@@ -166,7 +166,7 @@ def merged(
         "byte_fallback": False,
         "ignore_merges": pattern == "llama3",
         "vocab": {**vocab, **{t["content"]: t["id"] for t in added if t["content"] in outside}},
-        "merges": [m.split(" ") if isinstance(m, str) else list(m) for m in merges],
+        "merges": [list(pair_of(merge)) for merge in merges],
     }
     return _document(
         model,
@@ -323,26 +323,31 @@ def _model(raw: bytes) -> dict[str, Any]:
     if problems:
         raise FormatError(f"{'; '.join(problems)}. Convert it to a tokenizer.json and read that")
     where = lambda *wanted: [i for i, t in enumerate(types) if t in wanted]  # noqa: E731
-    known, unknown = {piece: i for i, piece in enumerate(pieces)}, where(UNKNOWN)
-    bytes_at = None
-    if where(BYTE):
-        bytes_at = [known.get(f"<0x{byte:02X}>", -1) for byte in range(256)]
-        if -1 in bytes_at or len(where(BYTE)) != 256:
-            raise FormatError(f"{len(where(BYTE))} pieces stand for bytes: all 256 are needed, or none")
+    unknown = where(UNKNOWN)
     begin, end = (_signed(how.get(field, default)) for field, default in ((41, 1), (42, 2)))
     controls = where(CONTROL)
     make = scored if kind == "bpe" else unigram_scored
-    return make(
+    document = make(
         pieces,
         scores,
         unknown=unknown[0] if unknown else None,
         begin=begin if begin in controls else None,
         end=end if end in controls else None,
-        bytes_at=bytes_at,
+        bytes_at=bytes_among(pieces, types),
         control=[*controls, *unknown[1:], *where(UNUSED)],
         user=where(USER),
         add_prefix_space=bool(rules.get(3, 1)),
     )
+    return marked(document, {role: i for role, i in (("begin", begin), ("end", end)) if i in controls})
+
+
+def bytes_among(names: Sequence[str], types: Sequence[int]) -> list[int] | None:
+    """The ids of the bytes 0 to 255 by the types of SentencePiece's proto; None where the vocabulary has none."""
+    known = {names[i]: i for i, kind in enumerate(types) if kind == BYTE}
+    found = [known.get(f"<0x{byte:02X}>", -1) for byte in range(256)]
+    if known and (-1 in found or types.count(BYTE) != 256):
+        raise FormatError(f"{types.count(BYTE)} pieces stand for bytes: all 256 are needed, or none")
+    return found if known else None
 
 
 def _fields(raw: bytes) -> Iterator[tuple[int, int | bytes]]:
