@@ -494,10 +494,10 @@ def test_a_disk_that_refuses_a_checkpoint_does_not_end_the_run(tokens, tmp_path,
     trainer = train(fresh(), tokens, CONFIG.replace(steps=6, save_every=1e-9), out=tmp_path / "run")
     save, full = trainer.run.save, [True]
 
-    def refuse(*args):
+    def refuse(*args, **more):
         if full.pop() if full else False:
             raise OSError(28, "No space left on device")
-        return save(*args)
+        return save(*args, **more)
 
     monkeypatch.setattr(trainer.run, "save", refuse)
     with pytest.warns(UserWarning, match="no checkpoint at step 1: .*No space left.*training goes on"):
