@@ -106,6 +106,7 @@ def test_their_models_give_the_same_logits_here(architecture, settings, tmp_path
         types = np.tile(np.arange(20) // 12, (2, 1))
         extra, ours = {"token_type_ids": torch.tensor(types)}, {"types": types.astype(np.int32)}
     off = np.abs(our_logits(hf.read(tmp_path), **ours) - their_logits(model, **extra)).max()
+    print(f"{architecture}, read here: {off:.1e}")
     assert off <= TOLERANCE, off
 
 
@@ -208,7 +209,9 @@ def test_our_models_give_the_same_logits_there(architecture, settings, tmp_path)
     hf.write(model, tmp_path)
     there = opened(tmp_path)
     assert type(there).__name__ == architecture
-    assert np.abs(our_logits(model) - their_logits(there)).max() <= TOLERANCE
+    off = np.abs(our_logits(model) - their_logits(there)).max()
+    print(f"{architecture}, opened there: {off:.1e}")
+    assert off <= TOLERANCE, off
 
 
 def test_published_bert(shared_data):

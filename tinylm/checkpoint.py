@@ -85,9 +85,8 @@ def _save(model: Transformer, folder: Path, *, codec: Codec = "raw") -> Path:
         raise FileExistsError(f"{folder} holds {what}: save into another folder")
     tokenizer = model.tokenizer
     about = {"tinylm": model.config.to_dict(), "tokenizer": tokenizer.sha256 if tokenizer else None}
-    write_file(
-        folder / "model.safetensors", named(model), about, codec=codec
-    )  # says again what config.json says: see `load`
+    # The file says again what config.json says: see `load`.
+    write_file(folder / "model.safetensors", named(model), about, codec=codec)
     if tokenizer is not None:
         write_bytes(folder / "tokenizer.json", tokenizer.to_json().encode())
     else:

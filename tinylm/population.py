@@ -109,14 +109,8 @@ class Population:
     def _go(self) -> list[Step]:
         """One call of the device for all members; their newest steps."""
         lead = self.members[0]
-        batches = [self._batch(lead.step)]
-        for step in range(lead.step + 1, lead.step + lead._steps_together()):
-            batches.append(self._batch(step))
-            if not alike(*batches[-2:]):
-                batches.pop()
-                break
+        batches, done = lead._next(self._batch)
         steps = range(lead.step, lead.step + len(batches))
-        done = [step / lead.steps if lead.steps else lead.progress for step in steps]
         rates = [[optim.rate(m.config, step, p) for m in self.members] for step, p in zip(steps, done, strict=True)]
         given = np.array(rates, np.float32), self._seeds, self._knobs
         self._state, figures = self._update(self._state, batches, *given)

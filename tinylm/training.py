@@ -244,15 +244,10 @@ class Trainer:
 
     def _launch(self) -> int:
         """Send the next steps to the device, which works while Python goes on; returns how many."""
-        progress, batches = self.progress, [self._batch(self.step)]
-        for step in range(self.step + 1, self.step + self._steps_together()):
-            batches.append(self._batch(step))
-            if not alike(*batches[-2:]):  # a step's arithmetic depends on its own batch alone, never on its neighbours
-                batches.pop()
-                break
+        batches, done = self._next(self._batch)
         count = len(batches)
         steps = range(self.step, self.step + count)
-        rates = [optim.rate(self.config, step, step / self.steps if self.steps else progress) for step in steps]
+        rates = [optim.rate(self.config, step, share) for step, share in zip(steps, done, strict=True)]
         given = np.array(rates, np.float32), np.uint32(self.config.seed)
         self.state, figures = self.update(self.state, batches, *given)
         fetched = functools.cache(lambda: jax.device_get(figures))
@@ -267,6 +262,16 @@ class Trainer:
 
     def _placed(self, state: State) -> State:
         return state if self.layout is None else self.layout.place(state)
+
+    def _next(self, batch: Callable[[int], Batch]) -> tuple[list[Batch], list[float]]:
+        """The batches of the steps that go to the device together, and the share of the run done before each."""
+        progress, batches = self.progress, [batch(self.step)]
+        for step in range(self.step + 1, self.step + self._steps_together()):
+            batches.append(batch(step))
+            if not alike(*batches[-2:]):  # a step's arithmetic depends on its own batch alone, never on its neighbours
+                batches.pop()
+                break
+        return batches, [(self.step + i) / self.steps if self.steps else progress for i in range(len(batches))]
 
     def _batch(self, step: int) -> Batch:
         return self._picked(self.batches(step), self.config.accumulate)
