@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from tinylm.config import Config, ConfigError, ModelConfig, TrainConfig, suggest
 
 WRONG_MODEL = [
+    ({"edits": 3}, "edits", "list of edits"),
+    ({"edits": ("ternary",)}, "edits", "list of edits"),
     ({"kind": "decodr"}, "kind", "must be one of decoder, encoder"),
     ({"vocab": 0}, "vocab", "at least 1"),
     ({"vocab": 4096.0}, "vocab", "whole number"),
@@ -90,6 +92,7 @@ WRONG_TRAIN = [
     ({"seed": -1}, "seed", "negative"),
     ({"log_every": 0}, "log_every", "at least 1"),
     ({"eval_every": -1}, "eval_every", "negative"),
+    ({"milestones": -1}, "milestones", "negative"),
     ({"eval_batches": 0}, "eval_batches", "at least 1"),
     ({"save_every": -1.0}, "save_every", "negative"),
     ({"keep": 0}, "keep", "at least 1"),

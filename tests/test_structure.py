@@ -15,9 +15,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tinylm"
 # A room imports only from rooms to its left.
 ORDER = """
-    config presets taps world reading text vocabulary tokenizer shards corpus data weights parts model losses optim
-    spread step planes store formats folder run checkpoint training resuming population yardsticks evaluation
-    generation sharing markup show live story options cli __main__
+    config presets native taps world reading text vocabulary tokenizer shards corpus data weights ops parts techniques
+    model losses optim spread step planes store formats folder run checkpoint training resuming population speed
+    yardsticks evaluation quantization generation suite engine sharing markup show live story options cli __main__
 """.split()  # noqa: SIM905
 # Rooms that work without JAX, so that a world, a text or a tokenizer can be had in milliseconds.
 LIGHT = ["config", "presets", "world", "reading", "text", "vocabulary", "tokenizer", "shards", "corpus"]

@@ -547,3 +547,32 @@ def test_a_run_can_be_made_longer(tokens, tokenizer, tmp_path):
     assert [s.step for s in trainer.history] == [1, 2, 3, 4, 5]
     assert Run.open(tmp_path / "run").train.steps == 5
     trainer.run.close()
+
+
+@pytest.mark.parametrize("together", [1, 4])
+def test_milestones_stay(tokens, tokenizer, tmp_path, together):
+    config = CONFIG.replace(steps=30, milestones=3, keep=1, log_every=7, steps_per_call=together)
+    assert config.until_milestone(0) == 1
+    trainer = train(fresh(tokenizer), tokens, config, out=tmp_path / "run")
+    for step in trainer:
+        if step.step == 10:
+            break
+    trainer.run.close()
+    trainer = resume(tmp_path / "run")
+    for _ in trainer:
+        pass
+    assert trainer.run.steps() == [1, 2, 5, 10, 22, 30]
+    plain = train(fresh(tokenizer), tokens, CONFIG.replace(steps=30))
+    for _ in plain:
+        pass
+    assert trainer.losses == plain.losses[10:]  # where checkpoints are kept changes nothing
+
+
+def test_milestones_are_spread_evenly_over_the_logarithm():
+    config = CONFIG.replace(steps=1, milestones=4)
+    at, found = 0, []
+    while at < 100_000:
+        at += config.until_milestone(at)
+        found.append(at)
+    assert found == sorted({round(10 ** (k / 4)) for k in range(21)})
+    assert CONFIG.until_milestone(5) == 0

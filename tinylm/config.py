@@ -114,6 +114,42 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Edit(Config):
+    """One change that `techniques.edit` made to a model, as data: what is needed to make it again.
+
+    Attributes:
+        where: regex; every module whose whole dotted path matches was wrapped.
+        technique: name of what it was wrapped in.
+        settings: of the technique, as sorted pairs of name and value (json's scalars, or tuples of them); a mapping
+            is taken too.
+    """
+
+    where: str
+    technique: str
+    settings: tuple[tuple[str, Any], ...] | dict[str, Any] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            re.compile(self.where)
+        except re.error as error:
+            self._require(False, "where", f"is no regular expression ({error})")
+        pairs = self.settings.items() if isinstance(self.settings, dict) else self.settings
+        try:
+            settings = json.loads(json.dumps(dict(pairs), allow_nan=False))
+        except (TypeError, ValueError):
+            self._require(False, "settings", "must be names with numbers, texts, true, false, null or lists of them")
+        object.__setattr__(self, "settings", tuple(sorted((k, _frozen(v)) for k, v in settings.items())))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "settings": dict(self.settings)}
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig(Config):
     """One transformer, decoder or encoder.
 
@@ -147,6 +183,7 @@ class ModelConfig(Config):
         token_types: number of segment embeddings (BERT's token_type_ids); 0: none.
         dropout: share dropped of embeddings, attention patterns and block outputs, in training only.
         init_std: standard deviation of every initial matrix and embedding.
+        edits: what `techniques.edit` changed since, first to last; building the model makes them again.
     """
 
     kind: Kind = "decoder"
@@ -177,6 +214,7 @@ class ModelConfig(Config):
     token_types: int = 0
     dropout: float = 0.0
     init_std: float = 0.02
+    edits: tuple[Edit, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -230,10 +268,17 @@ class ModelConfig(Config):
             self._require(self.head_width % 2 == 0, "head_width", "must be even for rotary positions")
             self._require(self.rotary % 2 == 0, "rotary", "must be even")
             self._require(self.rotary <= self.head_width, "rotary", f"must be at most head_width = {self.head_width}")
+        listed = self.edits if isinstance(self.edits, tuple | list) else [None]
+        edits = tuple(Edit.from_dict(e) if isinstance(e, dict) else e for e in listed)
+        self._require(all(isinstance(e, Edit) for e in edits), "edits", "must be a list of edits")
+        object.__setattr__(self, "edits", edits)
         if self.head == "classes":
             self._require(self.classes >= 1, "classes", 'a "classes" head needs at least 1')
         else:
             self._require(self.classes == 0, "classes", f'head = {self.head!r} has none: set head to "classes"')
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "edits": tuple(edit.to_dict() for edit in self.edits)}
 
     def _pattern(self, field: str) -> tuple:
         value = getattr(self, field)
@@ -284,6 +329,8 @@ class TrainConfig(Config):
         eval_batches: batches per validation.
         save_every: seconds between checkpoints; 0: at the end only.
         keep: newest checkpoints that stay on disk.
+        milestones: checkpoints per factor of ten in steps that stay on disk for good, beside the newest ones, to study
+            how a model learns: 3 keeps steps 1, 2, 5, 10, 22, 46, 100, ...; 0: none.
         codec: of their files; "planes" makes them about a sixth smaller, without loss, and slower to write.
     """
 
@@ -319,6 +366,7 @@ class TrainConfig(Config):
     eval_batches: int = 8
     save_every: float = 60.0
     keep: int = 2
+    milestones: int = 0
     codec: Codec = "raw"
 
     def __post_init__(self) -> None:
@@ -338,6 +386,7 @@ class TrainConfig(Config):
             "z_loss",
             "eval_every",
             "save_every",
+            "milestones",
             "seed",
         ):
             self._require(getattr(self, field) >= 0, field, "must not be negative")
@@ -361,6 +410,13 @@ class TrainConfig(Config):
         if self.optimizer == "schedule_free":
             self._require(self.schedule == "constant", "schedule", 'schedule_free needs "constant"')
             self._require(not self.ema, "ema", "schedule_free keeps an average of its own")
+
+    def until_milestone(self, step: int) -> int:
+        """Steps from after `step` up to the next milestone; 0: there are none."""
+        if not self.milestones:
+            return 0
+        power = max(0, math.floor(math.log10(max(step, 1)) * self.milestones) - 1)
+        return next(at - step for k in itertools.count(power) if (at := round(10 ** (k / self.milestones))) > step)
 
     def grid(self, **settings: typing.Iterable[Any]) -> list[Self]:
         """A config for every combination: `config.grid(seed=range(3), learning_rate=[1e-3, 3e-3])` gives six."""

@@ -38,6 +38,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from tinylm.config import ModelConfig
 from tinylm.parts import NORMS, Embedding, Linear, RMSNorm, dropout, rotate
 from tinylm.taps import Tap, check, recording, untouched, wants, watched, within
+from tinylm.techniques import apply
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import bind, initialize, named, pure
 
@@ -337,6 +338,7 @@ class Transformer(nnx.Module):
 
     Raises:
         ValueError: the tokenizer knows more ids than the model.
+        EditError: an edit of the config cannot be made.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs | int = 0, tokenizer: Tokenizer | None = None):
@@ -355,7 +357,10 @@ class Transformer(nnx.Module):
         self.norm = same if c.block == "post" else norm()  # a post-norm block ends in a norm of its own
         self.head = HEADS[c.head](c)
         self.cap = capped if c.softcap else same
-        initialize(self, rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(rngs), c.init_std)
+        rngs = rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(rngs)
+        initialize(self, rngs, c.init_std)
+        for change in c.edits:  # after the initial weights, which are those of the plain model of the same seed
+            apply(self, change, rngs)
 
     def __call__(
         self,

@@ -54,6 +54,8 @@ def add_options(parser: argparse.ArgumentParser, cls: type[Config], title: str, 
         if field.name in skip:
             continue
         kind = typing.get_type_hints(cls)[field.name]
+        if any(isinstance(k, type) and issubclass(k, Config) for k in typing.get_args(kind)):
+            continue  # a list of settings of their own, such as a model's edits
         options: dict[str, Any] = {"type": scalar(kind), "metavar": "X"}
         if typing.get_origin(kind) is typing.Literal:
             options = {"choices": typing.get_args(kind)}

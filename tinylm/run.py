@@ -317,8 +317,8 @@ class Run:
         self._writing()
         if keep < 1:
             raise ValueError(f"keep = {keep}: must be at least 1, the newest sound checkpoint always stays")
-        sound = [step for step in self.steps() if self._is_sound(step)]
-        gone = [step for step in sound[:-keep] if step not in set(protect)]
+        sound, stay = [step for step in self.steps() if self._is_sound(step)], set(protect)
+        gone = [step for step in sound[:-keep] if step not in stay]
         for step in gone:
             trash = leftover(self.folder / "checkpoints", "trash")
             os.replace(self.path(step), trash)  # out of sight first: a half-deleted file is never listed

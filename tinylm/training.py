@@ -285,6 +285,7 @@ class Trainer:
         """At most `steps_per_call`, and not beyond a step after which something is due."""
         ends = [self.config.log_every, self.config.eval_every] if self.config.steps_per_call > 1 else []
         left = [every - self.step % every for every in ends if every]
+        left += [self.config.until_milestone(self.step)] if self.config.milestones else []
         return min([self.config.steps_per_call, *left, *([self.steps - self.step] if self.steps else [])])
 
     def _due(self, interrupt: Interrupt) -> bool:
@@ -297,6 +298,7 @@ class Trainer:
             or self._over
             or self._stops(interrupt)
             or self._save_is_due()
+            or self._is_milestone(self.step)
         )
 
     def _land(self) -> Step:
@@ -339,7 +341,7 @@ class Trainer:
         if self.run is not None:
             self.run.log(record)
         self.tracker.log(record)
-        if self._save_is_due():
+        if self._save_is_due() or self._is_milestone(self.step):
             self._save_or_warn()
         return step
 
@@ -421,7 +423,7 @@ class Trainer:
         begun, tensors, path = time.perf_counter(), self.tensors(), None
         if self.run is not None:
             path = self.run.save(self.step, tensors, {"seconds": self.elapsed}, codec=self.config.codec)
-            self.run.prune(self.config.keep)
+            self.run.prune(self.config.keep, filter(self._is_milestone, self.run.steps()))
         self._saved_step, self._saved_at, self._save_cost = self.step, self.elapsed, time.perf_counter() - begun
         return path
 
@@ -431,6 +433,9 @@ class Trainer:
             return False
         due = self.elapsed - self._saved_at >= max(self.config.save_every, 100 * self._save_cost)
         return due if jax.process_count() == 1 else self.step % self.config.log_every == 0 and anyone(due)
+
+    def _is_milestone(self, step: int) -> bool:
+        return self.kept and step > 0 and self.config.until_milestone(step - 1) == 1
 
     def _save_or_warn(self) -> None:
         try:

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 from tinylm.config import suggest
 from tinylm.formats.tables import FormatError
 from tinylm.model import Transformer
+from tinylm.techniques import EditError, fold
 
 __all__ = ["FORMATS", "HUB", "FormatError", "format_of", "read", "write"]
 
@@ -90,7 +91,7 @@ def write(model: Transformer, path: str | os.PathLike, *, format: str | None = N
     """Write a model for another program; an older file of that name is replaced, whole or not at all.
 
     Args:
-        model: any of the kit's; techniques that are not plain weights must be folded first.
+        model: any of the kit's; techniques are folded first.
         path: the file or folder. format: "hf" for a folder; of a file the suffix says it.
         options: of the format, such as `dtype="q8_0"` for gguf; see `tinylm.formats.<format>.write`.
 
@@ -109,6 +110,10 @@ def write(model: Transformer, path: str | os.PathLike, *, format: str | None = N
     if said and place.suffix.lower() == ".gz":
         raise FormatError(f"{place}: {said} files are written uncompressed; leave .gz off, and compress it afterwards")
     function = _function(name, "write", options)
+    try:
+        model = fold(model) if model.config.edits else model
+    except EditError as error:
+        raise FormatError(f"{place}: {error}; tinylm.save into a folder keeps everything") from error
     missing = [each for each in (place.parent, *place.parent.parents) if not each.exists()]
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
