@@ -17,11 +17,12 @@ PACKAGE = ROOT / "tinylm"
 ORDER = """
     config presets native taps world reading text vocabulary tokenizer shards corpus data weights ops parts techniques
     model losses optim spread step planes store formats folder run checkpoint training resuming population speed
-    yardsticks evaluation quantization generation suite engine sharing markup show live story options cli __main__
+    yardsticks evaluation generation markup show quantization suite engine sharing live story options commands cli
+    __main__
 """.split()  # noqa: SIM905
 # Rooms that work without JAX, so that a world, a text or a tokenizer can be had in milliseconds.
-LIGHT = ["config", "presets", "world", "reading", "text", "vocabulary", "tokenizer", "shards", "corpus"]
-LIGHT += ["data", "planes", "store", "markup"]
+LIGHT = ["native", "config", "presets", "world", "reading", "text", "vocabulary", "tokenizer", "shards", "corpus"]
+LIGHT += ["data", "planes", "store", "markup", "engine"]
 
 
 def room(path):
@@ -86,6 +87,14 @@ HEAVY |= {"torch", "transformers", "onnx", "onnxruntime", "gguf", "huggingface_h
 def test_import_tinylm_is_light():
     assert not modules_after("import tinylm") & (HEAVY | {"numpy", "tokenizers"})
     assert not modules_after("import tinylm; tinylm.preset; tinylm.ModelConfig; dir(tinylm)") & HEAVY
+
+
+def test_the_engine_starts_with_next_to_nothing():
+    """`tinylm run` is to show its first token in the time that some of these take to import."""
+    slow = {"numpy", "tokenizers", "argparse", "dataclasses", "typing", "inspect", "pathlib", "json"}
+    before = modules_after("pass")
+    loaded = modules_after("import tinylm.__main__, tinylm.engine.command; from tinylm.engine import Engine") - before
+    assert not loaded & (HEAVY | slow)
 
 
 def test_rooms_before_the_model_need_no_jax():

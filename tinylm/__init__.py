@@ -5,8 +5,13 @@ model = tinylm.load("runs/story")
 print(tinylm.generate(model, "Once upon a time"))
 """
 
+from __future__ import annotations
+
 import importlib
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:  # typing itself takes longer to import than all of this
+    from typing import Any
 
 __version__ = "0.1.0"
 
@@ -56,6 +61,8 @@ PUBLIC = {
     "generate": "generation",
     "stream": "generation",
     "fit": "live",
+    "Engine": "engine",
+    "export": "engine.export",
 }
 __all__ = ["__version__", *PUBLIC]
 

@@ -8,280 +8,30 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import itertools
-import json
-import os
-import sys
-import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import NoReturn, get_args
 
-from tinylm.config import Codec, ConfigError, ModelConfig, Sampling, TrainConfig
-from tinylm.options import add_options, amount, chosen, duration, escaped
+from tinylm.commands import (
+    cmd_convert,
+    cmd_evaluate,
+    cmd_export,
+    cmd_generate,
+    cmd_resume,
+    cmd_run,
+    cmd_serve,
+    cmd_sizes,
+    cmd_story,
+    cmd_tokens,
+    cmd_train,
+)
+from tinylm.config import Codec, ModelConfig, Sampling, TrainConfig
+from tinylm.engine.command import guarded
+from tinylm.options import add_options, amount, duration, escaped, matching
 
 OPTIONS = ("dtype", "rounding", "version", "group", "codec")  # of `convert`, passed on to the format
-
-# --- commands ---------------------------------------------------------------------------------------------------------
-
-
-def say(text: str = "") -> None:
-    """A line for people, on stderr, so that stdout holds results only."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def report(args: argparse.Namespace, figures: dict[str, Any], text: str) -> None:
-    """The result on stdout: as text, or with --json as one json object."""
-    print(json.dumps(figures, indent=2) if args.json else text, flush=True)
-
-
-def cmd_sizes(args: argparse.Namespace) -> None:
-    """Parameters, cost and file sizes of the presets, or of one."""
-    from tinylm.presets import PRESETS, preset, size
-
-    names = args.preset or ["1M", "3M", "10M", "30M", "100M", *PRESETS]
-    changes = chosen(args, ModelConfig)
-    sizes = {name: (config := preset(name, **changes), size(config)) for name in names}
-    figures = {name: {"config": c.to_dict(), **dataclasses.asdict(s)} for name, (c, s) in sizes.items()}
-    rows = [["", "parameters", "no embed.", "FLOPs/token", "KV B/token", "float32", "int8", "ternary"]]
-    for name, (_, s) in sizes.items():
-        cells = (f"{s.total:,}", f"{s.body:,}", si(s.flops), si(s.kv_bytes), mb(s.float32), mb(s.int8), mb(s.ternary))
-        rows.append([name, *cells])
-    text = columns(rows)
-    if len(names) == 1:
-        (_, one) = sizes[names[0]]
-        text += "\n\n" + columns([[g, f"{n:,}", f"{n / one.total:.1%}"] for g, n in one.groups.items() if n])
-    report(args, figures, text)
-
-
-def cmd_tokens(args: argparse.Namespace) -> None:
-    """Clean text, learn a tokenizer, write token shards."""
-    corpus = prepare_corpus(args, Path(args.out), args.files)
-    report(args, corpus.to_dict(), str(corpus))
-
-
-def cmd_train(args: argparse.Namespace) -> None:
-    """Train a model on text, on token shards, or on the embedded world."""
-    from tinylm.data import require_fit
-    from tinylm.model import Transformer
-    from tinylm.presets import preset, vocab_for
-    from tinylm.training import train
-
-    out = new_folder(args.out)
-    settings = chosen(args, TrainConfig)
-    if not {"steps", "tokens", "budget"} & settings.keys():
-        settings["budget"] = 20 * 60.0
-    config = TrainConfig.from_dict(settings)
-    wish = {"vocab": vocab_for(args.preset), **chosen(args, ModelConfig)}
-    shape = preset(args.preset, **wish)
-    require_fit(config, shape)  # what cannot work is said before hours of reading text
-    if not (Path(args.text) / "provenance.json").is_file():
-        args.vocab = shape.vocab
-    corpus = prepare_corpus(args, out / "data", [args.text])
-    shape = preset(args.preset, **{**wish, "vocab": corpus.tokenizer.vocab})
-    model = Transformer(shape, rngs=config.seed, tokenizer=corpus.tokenizer)
-    trainer = train(model, corpus.train, config, valid=corpus.valid, out=out)
-    train_to_the_end(trainer, args)
-
-
-def cmd_resume(args: argparse.Namespace) -> None:
-    """Go on with a run from its newest checkpoint."""
-    from tinylm.resuming import resume
-
-    longer = {k: v for k, v in chosen(args, TrainConfig).items() if k in ("steps", "tokens", "budget")}
-    train_to_the_end(resume(args.folder, **longer), args)
-
-
-def train_to_the_end(trainer: Any, args: argparse.Namespace) -> None:
-    """Drive a training run with a live line; exit as the signal that stopped it asks for."""
-    from tinylm.live import TerminalView, fit
-    from tinylm.presets import count
-
-    config, model = trainer.config, trainer.model.config
-    end = f"{config.budget:.0f} s" if config.budget else f"{trainer.steps:,} steps"
-    say(f"{count(model):,} parameters: {model.layers} layers of width {model.width}, context {model.context}; {end}")
-    fit(trainer, view=TerminalView(sys.stderr), sample_every=0).run()
-    folder = trainer.run.folder
-    last = trainer.history[-1] if trainer.history else None
-    figures = {"folder": str(folder), "outcome": trainer.outcome, **(last._asdict() if last else {})}
-    text = f"{trainer.outcome} at step {trainer.step:,}"
-    if last is not None and last.valid_bits is not None:
-        text += f": {last.valid_bits:.4f} bits per byte on held-out windows"
-    text += f"; everything is in {folder}"
-    if trainer.outcome != "done":
-        text += f"\ngo on with: tinylm resume {folder}"
-    report(args, figures, text)
-    if trainer.signal:
-        raise SystemExit(128 + trainer.signal)
-
-
-def cmd_evaluate(args: argparse.Namespace) -> None:
-    """Bits per byte of a model on a text, with an interval over documents."""
-    from tinylm.checkpoint import load
-    from tinylm.evaluation import evaluate
-    from tinylm.story import HELD_OUT, HELD_STREAM
-    from tinylm.text import documents
-    from tinylm.world import World
-
-    model, floor = load(args.folder), None
-    if args.text == "world":
-        docs = list(World().texts(args.limit or HELD_OUT, seed=HELD_STREAM))
-        floor = World().floor(docs).bits_per_byte
-    else:
-        docs = documents(args.text, separator=args.separator, limit=args.limit)
-    found = evaluate(model, docs, stride=args.stride)
-    span = f"95% interval {found.ci95[0]:.4f} to {found.ci95[1]:.4f}" if found.ci95 else str(found.ci95_reason)
-    text = f"{found.bits_per_byte:.4f} bits per byte ({span})"
-    if floor is not None:
-        text += f"\n{found.bits_per_byte - floor:.4f} above the floor of {floor:.4f}"
-    size = f"{found.bytes:,} bytes, {found.tokens:,} tokens, {found.documents:,} document{'s' * (found.documents > 1)}"
-    figures = {**found.to_dict(), **({} if floor is None else {"floor": floor, "excess": found.bits_per_byte - floor})}
-    report(args, figures, f"{text}\n{found.nats_per_token:.4f} nats per token; {size}")
-
-
-def cmd_generate(args: argparse.Namespace) -> None:
-    """Continue a text."""
-    from tinylm.checkpoint import load
-    from tinylm.generation import generate, stream
-    from tinylm.markup import plain
-
-    model = load(args.folder)
-    settings = {**chosen(args, Sampling), "tokens": args.tokens, "seed": args.seed, "stop": args.stop or ()}
-    if args.json:
-        print(json.dumps({"prompt": args.prompt, "text": generate(model, args.prompt, **settings)}, indent=2))
-        return
-    pieces = stream(model, args.prompt, **settings)
-    begun = next(pieces, "")  # what is wrong with the arguments shows here, before anything is printed
-    try:
-        for piece in itertools.chain([args.prompt, begun], pieces):
-            print(plain(piece), end="", flush=True)
-    finally:
-        print()
-
-
-def cmd_convert(args: argparse.Namespace) -> None:
-    """Turn a model of one program into that of another: here, transformers, llama2.c, llama.cpp, onnxruntime."""
-    from tinylm.checkpoint import load, save
-    from tinylm.formats import HUB, format_of
-    from tinylm.presets import count
-
-    reading = {"tokenizer": args.tokenizer} if args.tokenizer else {}
-    asked = {name: getattr(args, name) for name in OPTIONS if hasattr(args, name)}
-    if args.target.startswith(HUB):
-        from tinylm.sharing import push
-
-        where = push(args.source, args.target.removeprefix(HUB), format=args.to or "hf", **asked)
-        report(args, {"target": where}, f"pushed to {where}")
-        return
-    model = load(args.source, **reading)
-    path = save(model, args.target, format=args.to, **asked)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    size = sum(file.stat().st_size for file in files if file.is_file())
-    figures = {"target": str(path), "parameters": count(model.config), "bytes": size}
-    text = f"{path}: {count(model.config):,} parameters, {mb(size)}"
-    if (args.to or format_of(path)) != "onnx":  # what can be read back is, and compared
-        back = load(path)
-        off = figures["largest_change"] = largest_change(model, back)
-        text += ", its tokens in another order" if back.tokenizer != model.tokenizer else ""
-        text += (
-            ", read back exactly" if off == 0 else f", weights changed by at most {off:.2g} of each tensor's largest"
-        )
-    report(args, figures, text)
-
-
-def largest_change(before: Any, after: Any) -> float:
-    """The largest difference of two weights of one name over the largest weight of that tensor.
-
-    Tables of tokens are compared only where both models number the tokens alike (llama2.c has an order of its own).
-    """
-    import numpy as np
-
-    from tinylm.weights import named
-
-    old, worst = named(before), 0.0
-    for name, new in named(after).items():
-        if name.startswith(("embed.", "head.")) and before.tokenizer != after.tokenizer:
-            continue
-        was = np.asarray(old.get(name, 0.0))  # a bias that theirs always has, and ours lacks
-        worst = max(worst, float(np.abs(was - np.asarray(new)).max() / max(np.abs(was).max(), 1e-30)))
-    return worst
-
-
-def cmd_story(args: argparse.Namespace) -> None:
-    """The main job: from nothing to a model that tells stories, in about two minutes."""
-    from tinylm.story import story
-
-    given = {
-        "text": args.text,
-        "separator": args.separator,
-        "preset_name": args.preset,
-        "budget": args.budget,
-        "out": args.out,
-        "seed": args.seed,
-    }
-    if args.json:
-        figures = story(**given, say=say, tell=lambda piece: None)
-        print(json.dumps(figures, indent=2))
-    else:
-        figures = story(**given)
-    if figures["outcome"] == "interrupted":
-        raise SystemExit(130)
-
-
-# --- what commands share ----------------------------------------------------------------------------------------------
-
-
-def prepare_corpus(args: argparse.Namespace, folder: Path, sources: Sequence[str]) -> Any:
-    """Token shards for the command: opened when a source is a folder of shards, made otherwise."""
-    from tinylm.corpus import prepare
-
-    return prepare(
-        sources,
-        folder,
-        valid=args.valid,
-        tokenizer=args.tokenizer,
-        vocab=getattr(args, "vocab", None),
-        kind=args.kind_of_tokenizer,
-        clean=not args.keep_duplicates,
-        separator=args.separator,
-        say=say,
-    )
-
-
-def new_folder(path: str) -> Path:
-    """A folder for a new run. Raises FileExistsError before anything is spent on it."""
-    from tinylm.run import require_free
-
-    if not path.strip():
-        raise ConfigError("--out is empty: name a folder")
-    require_free(Path(path))
-    return Path(path)
-
-
-def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows as text: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        right = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
-        lines.append("  ".join([first.ljust(widths[0]), *right]).rstrip())
-    return "\n".join(lines)
-
-
-def si(number: float) -> str:
-    """1234567 -> "1.2M"."""
-    for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= factor:
-            return f"{number / factor:.1f}{letter}"
-    return f"{number:.0f}"
-
-
-def mb(size: float) -> str:
-    """Bytes as MB."""
-    return f"{size / 1e6:.2f} MB"
-
-
-# --- the parser -------------------------------------------------------------------------------------------------------
+EXPORTING = ("bits", "group", "embed", "head", "cache", "absmean")  # of `export`, passed on
+LIMITS = ("tokens", "seconds", "running")  # of `serve`
+CALIBRATION = 64  # documents that are enough for the largest input of every matrix
 
 
 class Parser(argparse.ArgumentParser):
@@ -357,9 +107,19 @@ def build_parser() -> argparse.ArgumentParser:
 
     p = command("evaluate", cmd_evaluate, "tinylm evaluate runs/first --text valid.txt --json")
     p.add_argument("folder", metavar="DIR", help="folder of a run or of a saved model")
-    p.add_argument("--text", required=True, metavar="SOURCE", help="text to score: file, folder, hf:ID, or world")
+    p.add_argument("--text", metavar="SOURCE", help="text to score: file, folder, hf:ID, or world")
+    p.add_argument(
+        "--suite", nargs="?", const="all", metavar="TASKS",
+        help="instead: minimal pairs, cloze and the other tasks, all or those named, with commas between",
+    )  # fmt: skip
+    p.add_argument(
+        "--pairs", metavar="SOURCE", help="of the suite: minimal pairs in BLiMP's format (default: the world's)"
+    )
+    p.add_argument("--cloze", metavar="SOURCE", help="of the suite: passages in LAMBADA's format")
+    p.add_argument("--train", metavar="SOURCE", help="of the suite: the training text, to look for what was memorised")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of the suite's choices (default 0)")
     separator_option(p)
-    p.add_argument("--limit", type=amount, metavar="N", help="only the first N documents")
+    p.add_argument("--limit", type=amount, metavar="N", help="only the first N documents, or items of a task")
     p.add_argument("--stride", type=amount, metavar="N", help="tokens between windows (default half the context)")
 
     p = command("generate", cmd_generate, 'tinylm generate runs/first --prompt "Once upon a time"')
@@ -382,6 +142,52 @@ def build_parser() -> argparse.ArgumentParser:
     option("--group", type=int, metavar="N", help="weights per scale in version 2 (default 64)")
     option("--codec", choices=get_args(Codec), help="of the kit's own files (default raw)")
 
+    kinds = ["float32", "int8", "int4", "ternary", "ternary2"]
+    p = command("export", cmd_export, "tinylm export runs/story story.tlm")
+    p.add_argument("folder", metavar="DIR", help="folder of a run or of a saved model; whatever `convert` reads")
+    p.add_argument("target", metavar="FILE", help="the file to write; the engine's are called .tlm")
+    option = functools.partial(p.add_argument, default=argparse.SUPPRESS)
+    option("--bits", choices=kinds, help="of the matrices (default int8)")
+    option("--group", type=amount, metavar="N", help="weights per scale, a multiple of 16 (default a whole row)")
+    option("--embed", choices=kinds, help="of the embedding (default int8)")
+    option("--head", choices=kinds, help="of the head (default as the embedding)")
+    text = "other bits for matrices with a matching name, such as '.*down=int8'; may be given again"
+    p.add_argument("--only", action="append", type=matching, metavar="NAME=BITS", help=text)
+    option("--cache", choices=["auto", "float32", "int8"], help="keys and values of the texts so far (default auto)")
+    option("--absmean", action="store_true", help="round to ternary what was not trained to be")
+    p.add_argument("--calibration", metavar="SOURCE", help="text that fixes the scales of inputs (default: per token)")
+    separator_option(p)
+
+    def engine_options(p: argparse.ArgumentParser) -> None:
+        p.add_argument("file", metavar="FILE", help="a .tlm file, from `tinylm export`")
+        group = p.add_argument_group("engine")
+        option = functools.partial(group.add_argument, default=argparse.SUPPRESS)
+        option("--threads", type=amount, metavar="N", help="(default: as many as pay)")
+        option("--cache", choices=["auto", "float32", "int8"], help="keys and values (default as the file says)")
+        option("--speculate", type=amount, metavar="N", help="tokens guessed per pass; the text stays the same")
+        option("--no-screen", dest="screen", action="store_false", help="compute all of the head for each token")
+        option("--kernels", metavar="NAME", help="avx512, avxvnni, avx2, neon, scalar (default: the fastest here)")
+
+    p = command("run", cmd_run, 'tinylm run story.tlm "Once upon a time"')
+    engine_options(p)
+    p.add_argument("text", nargs="?", metavar="PROMPT", help="how the text begins")
+    p.add_argument("--prompt", metavar="TEXT", help="the same")
+    option = functools.partial(p.add_argument, default=argparse.SUPPRESS)
+    option("--tokens", type=amount, metavar="N", help="make at most so many (default 256)")
+    option("--seed", type=int, metavar="N", help="of the random choices (default 0)")
+    option("--stop", action="append", metavar="TEXT", help="end before this text; may be given again")
+    add_options(p, Sampling, "sampling")
+
+    p = command("serve", cmd_serve, "tinylm serve story.tlm --port 8000")
+    engine_options(p)
+    p.add_argument("--host", default="127.0.0.1", metavar="NAME", help="address to listen on (default 127.0.0.1)")
+    p.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes a free one (default 8000)")
+    p.add_argument("--name", metavar="NAME", help="of the model (default the file's)")
+    option = functools.partial(p.add_argument, default=argparse.SUPPRESS)
+    option("--tokens", type=amount, metavar="N", help="the largest max_tokens (default 4096)")
+    option("--seconds", type=duration, metavar="TIME", help="the longest request (default 2m)")
+    option("--running", type=amount, metavar="N", help="requests that generate at the same time (default 2)")
+
     p = command("sizes", cmd_sizes, "tinylm sizes --preset 1M --vocab 2048")
     p.add_argument("--preset", action="append", metavar="NAME", help="only this one, in detail; may be given again")
     add_options(p, ModelConfig, "model: changes to the preset")
@@ -391,17 +197,4 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the `tinylm` command."""
     args = build_parser().parse_args(argv)
-    warnings.showwarning = lambda message, *_, **__: say(f"tinylm: {message}")
-    try:
-        args.run(args)
-    except (ValueError, OSError, RuntimeError) as error:
-        if os.environ.get("TINYLM_DEBUG"):
-            raise
-        if isinstance(error, BrokenPipeError):  # the reader of our output, such as head, has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise SystemExit(141) from None
-        say(f"tinylm: {error}")
-        raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        say("interrupted")
-        raise SystemExit(130) from None
+    guarded(args.run, args)

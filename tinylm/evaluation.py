@@ -130,7 +130,7 @@ def evaluate(
             "an encoder sees both sides of a token, so it gives a text no probability and has no bits per byte: "
             "use its loss on masked tokens (`train(..., valid=Masked(...))`) or the accuracy of a classifier on it"
         )
-    tokenizer = _matching(model, tokenizer)
+    tokenizer = matching(model, tokenizer)
     context = config.context if context is None else context
     if context > config.context:
         raise EvaluationError(f"context = {context} is longer than the model's {config.context}; leave it out")
@@ -191,7 +191,8 @@ def _model_logprobs(graphdef: Any, state: Any, tokens: jax.Array, targets: jax.A
     return jnp.take_along_axis(logits, targets[..., None], -1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
 
 
-def _matching(model: Any, tokenizer: Any) -> Any:
+def matching(model: Any, tokenizer: Any) -> Any:
+    """The tokenizer to score with: the model's own, or the given one. Raises EvaluationError unless they agree."""
     own, vocab = getattr(model, "tokenizer", None), model.config.vocab
     if tokenizer is None and own is None:
         raise EvaluationError("the model carries no tokenizer: pass tokenizer=, the one it was trained with")
@@ -253,7 +254,7 @@ def token_logprobs(
             found[document][begin + skip : begin + length] = row[skip:length]
 
     waiting: tuple = ([], np.empty((0, 0)))
-    for windows, rows, size in _batches(list(_windows(framed, context, stride)), context, batch):
+    for windows, rows, size in batches(list(_windows(framed, context, stride)), context, batch):
         tokens, targets = np.zeros((2, rows, size), np.int32)
         for row, (document, begin, length, _) in enumerate(windows):
             tokens[row, :length] = framed[document][begin : begin + length]
@@ -272,7 +273,7 @@ def _windows(framed: Sequence[np.ndarray], context: int, stride: int) -> Iterato
             yield Window(document, k * stride, min(context, predictions - k * stride), context - stride if k else 0)
 
 
-def _batches(windows: list[Window], context: int, batch: int) -> Iterator[tuple[list[Window], int, int]]:
+def batches(windows: list[Window], context: int, batch: int) -> Iterator[tuple[list[Window], int, int]]:
     """Windows of similar length, with the shape (rows, size) to pad them to: sizes 32, 64, ... and the context.
 
     About batch * context tokens each. A size too rare to fill a batch joins the next one, if there is any.

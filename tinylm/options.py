@@ -34,6 +34,14 @@ def escaped(text: str) -> str:
     return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
 
 
+def matching(text: str) -> tuple[str, str]:
+    """ "PATTERN=VALUE"."""
+    name, equals, value = text.rpartition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"{text!r}: write a pattern, = and a value, such as '.*down=int8'")
+    return name, value
+
+
 def yes_or_no(text: str) -> bool:
     """ "true" or "false"."""
     if text.lower() not in ("true", "false"):
