@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from tinylm import native
 from tinylm.markup import ATTRIBUTES, TAGS
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 LARGEST = 200_000  # bytes of an executed notebook: see P21 of the reliability contract
-SECONDS = {"01_train_a_storyteller": 6}  # of training; None of the figures depends on it, only how good they are
+SECONDS = {
+    "01_train_a_storyteller": 6,
+    "08_int8_on_a_cpu": 6,
+}  # of training; None of the figures depends on it, only how good they are
 
 
 def named(path):
@@ -24,6 +28,11 @@ def named(path):
 @pytest.fixture(params=NOTEBOOKS, ids=named)
 def notebook(request):
     return request.param
+
+
+def require_what_it_needs(path):
+    if path.stem == "08_int8_on_a_cpu" and not native.available():
+        pytest.skip("the native engine is not built: NumPy would take minutes")
 
 
 def test_there_are_notebooks():
@@ -91,6 +100,7 @@ def executed(tmp_path_factory):
     done = {}
 
     def get(path):
+        require_what_it_needs(path)
         if path not in done:
             done[path] = execute(path, tmp_path_factory.mktemp(path.stem), SECONDS.get(path.stem, 10))
         return done[path]
@@ -128,4 +138,18 @@ def test_the_storyteller_answers_its_question(executed):
     assert floor < low <= score <= high < 4
     assert above == pytest.approx(score - floor, abs=0.002)
     assert text.count("True") == 2  # a stop changed no loss; the loaded model tells the same story
+    assert "False" not in text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_engine_answers_its_question(executed):
+    """int8 costs next to nothing, and a guess changes no letter."""
+    book = executed(FOLDER / "08_int8_on_a_cpu.ipynb")
+    outputs = [o for cell in book.cells for o in cell.get("outputs", [])]
+    text = "\n".join(o.get("text", "") or o.get("data", {}).get("text/plain", "") for o in outputs)
+    bits = {name: float(b) for name, b in re.findall(r"^(float32|int8|ternary)\S*.*\s([\d.]+)$", text, re.M)}
+    assert abs(bits["int8"] - bits["float32"]) < 0.02
+    assert bits["ternary"] > bits["float32"]
+    assert re.search(r"^int8 costs [+-]0\.0[01]\d+ bits per byte", text, re.M)
+    assert "True" in text
     assert "False" not in text
