@@ -17,9 +17,6 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 LARGEST = 200_000  # bytes of an executed notebook: see P21 of the reliability contract
 # Of training; none of the figures depends on it, only how good they are.
 SECONDS = {"01_train_a_storyteller": 6, "08_int8_on_a_cpu": 6}
-    "01_train_a_storyteller": 6,
-    "08_int8_on_a_cpu": 6,
-}  # of training; None of the figures depends on it, only how good they are
 
 
 def named(path):
