@@ -79,6 +79,7 @@ WRONG_TRAIN = [
     ({"clip": -1.0}, "clip", "negative"),
     ({"dtype": "float16"}, "dtype", "must be one of float32, bfloat16"),
     ({"codec": "zip"}, "codec", "one of raw, planes"),
+    ({"native": 1}, "native", "true or false"),
     ({"parallel": "model"}, "parallel", "one of none, data, fsdp"),
     ({"steps_per_call": 0}, "steps_per_call", "at least 1"),
     ({"rates": (1, 2)}, "rates", "tuple of texts"),

@@ -322,6 +322,7 @@ class TrainConfig(Config):
         z_loss: weight of logsumexp(logits)^2 in the loss, which keeps logits from drifting; PaLM's is 1e-4. 0: off.
         ema: decay of a moving average of the weights that is validated, handed out and loaded; 0: off.
         dtype: arithmetic of the forward and backward pass; weights and optimiser state stay float32.
+        native: kernels of the extension on one CPU, where it is installed; false: plain JAX, slower.
         parallel: "data" shares each batch out to all devices; "fsdp" splits weights and optimiser state over them too.
         seed: of the initial weights, the data order, the masks and dropout.
         log_every: steps between two lines of run.jsonl.
@@ -359,6 +360,7 @@ class TrainConfig(Config):
     z_loss: float = 0.0
     ema: float = 0.0
     dtype: Dtype = "float32"
+    native: bool = True
     parallel: Parallel = "none"
     seed: int = 0
     log_every: int = 10

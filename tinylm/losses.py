@@ -15,7 +15,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from tinylm.model import Transformer, capped
+from tinylm import ops
+from tinylm.model import TiedHead, Transformer, UntiedHead, capped
+from tinylm.parts import Linear
 from tinylm.weights import bind, pure
 
 LOGITS_AT_ONCE = {"cpu": 2**21}  # per chunk: 8 MB of float32 stay in a CPU's cache; elsewhere only memory counts
@@ -110,8 +112,21 @@ def at_once(vocab: int) -> int:
     return max(FEWEST, LOGITS_AT_ONCE.get(jax.default_backend(), LOGITS_ELSEWHERE) // vocab)
 
 
+def matrix(model: Transformer) -> tuple[Array | None, bool]:
+    """The matrix that is all there is to a head, and whether it is tied; None where there is more to it."""
+    if model.config.softcap:
+        return None, False
+    if type(model.head) is TiedHead:
+        return model.embed.weight(), True
+    plain = type(model.head) is UntiedHead and type(model.head.out).__call__ is Linear.__call__
+    return (model.head.out.weight() if plain else None), False
+
+
 def head_nats(model: Transformer, rows: Rows, z_loss: float = 0.0) -> tuple[Array, Array]:
     """`plain_nats` of a model's head, in as many chunks as keep the logits small on this device."""
+    table, tied = matrix(model)
+    if table is not None and ops.native(rows.x, table):
+        return ops.nats(rows.x, table, rows.targets, rows.weights, z_loss, tied)
     how, head = taken(model, z_loss)
     n, size = len(rows.targets), at_once(model.config.vocab)
     if n <= size:

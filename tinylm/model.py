@@ -35,8 +35,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from tinylm import ops
 from tinylm.config import ModelConfig
-from tinylm.parts import NORMS, Embedding, Linear, RMSNorm, dropout, rotate
+from tinylm.parts import NORMS, Embedding, Linear, RMSNorm, dropout, fan, rotate
 from tinylm.taps import Tap, check, recording, untouched, wants, watched, within
 from tinylm.techniques import apply
 from tinylm.tokenizer import Tokenizer
@@ -148,7 +149,7 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], scope: Scope, past=None, tap: Tap = untouched, key=None):
         """Returns the output (B T D) and the layer's keys and values, (B S K E) each."""
         split = lambda y: y.reshape(*y.shape[:2], -1, self.head_width)  # noqa: E731
-        q, k, v = tap("q", split(self.q(x))), tap("k", split(self.k(x))), tap("v", split(self.v(x)))
+        q, k, v = (tap(name, split(y)) for name, y in zip("qkv", fan(x, self.q, self.k, self.v), strict=True))
         q, k = self.q_norm(q), self.k_norm(k)
         q, k = (self.place(y, scope.positions, self.theta, self.rotary) for y in (q, k))
         if past is not None:
@@ -158,7 +159,10 @@ class Attention(nnx.Module):
         masked = mask is not None and not implied
         kind = attention_kind(device(), q.dtype, self.head_width, (q.shape[1], k.shape[1]), masked)
         dropping = key is not None and self.dropout > 0
-        if kind == "written" or dropping or wants(tap, "pattern") or wants(tap, "scores"):
+        scored = dropping or wants(tap, "pattern") or wants(tap, "scores")
+        if kind == "written" and past is None and not scored and ops.native(q, k, v):
+            heads = ops.attention(q, k, v, scope.segments, ops.Sight(self.causal, self.window, self.scale))
+        elif kind == "written" or scored:
             drop = functools.partial(dropout, rate=self.dropout, key=key, salt=0)
             heads = attend(q, k, v, mask, self.scale, tap, drop)
         else:
@@ -205,7 +209,8 @@ class GatedMLP(MLP):
         self.gate = Linear(config.width, config.hidden, bias=config.bias)
 
     def __call__(self, x: Float[Array, "B T D"], tap: Tap = untouched) -> Float[Array, "B T D"]:
-        return self.down(tap("hidden", self.activation(self.gate(x)) * self.up(x)))
+        gate, up = fan(x, self.gate, self.up)
+        return self.down(tap("hidden", self.activation(gate) * up))
 
 
 MLPS = {"swiglu": GatedMLP, "geglu": GatedMLP, "reglu": GatedMLP, "gelu": MLP, "gelu_tanh": MLP, "relu2": MLP}
@@ -411,7 +416,7 @@ class Transformer(nnx.Module):
                 raise ValueError(f"{t} more tokens do not fit a cache of {room} positions that holds {held}")
         start = None if cache is None else cache.length
         if positions is None:
-            positions = jnp.arange(t)[None] if start is None else start[:, None] + jnp.arange(t)[None]
+            positions = np.arange(t)[None] if start is None else start[:, None] + jnp.arange(t)[None]
         scope = Scope(positions, segments, start)
         x = self.embed(tokens)
         if self.embed_positions is not None:

@@ -34,6 +34,7 @@ class Recipe:
     z_loss: float = 0.0
     ema: float = 0.0
     rates: tuple[str, ...] = ()
+    native: bool = True
 
     @classmethod
     def of(cls, config: TrainConfig) -> Recipe:
@@ -105,7 +106,7 @@ class Rule(NamedTuple):
 
 def evaluated(params: dict[str, Any], opt: Any) -> dict[str, Any]:
     """The weights to validate, hand out and load: an average of the trained ones, where the optimiser keeps one."""
-    return getattr(opt, "average", params)
+    return {**params, **getattr(opt, "average", {})}
 
 
 def build(recipe: Recipe) -> Rule:

@@ -11,6 +11,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from tinylm import ops
+
 
 class Linear(nnx.Module):
     """`x @ weight() + bias`. Every weight matrix of the kit goes through here; `kernel` is (inputs, outputs)."""
@@ -24,8 +26,15 @@ class Linear(nnx.Module):
         return self.kernel[...]
 
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
-        y = x @ self.weight().astype(x.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+        return fan(x, self)[0]
+
+
+def fan(x: Float[Array, "*batch inputs"], *maps: nnx.Module) -> tuple[Float[Array, "*batch _"], ...]:
+    """The outputs of several linear maps of one input."""
+    if any(type(m).__call__ is not Linear.__call__ for m in maps):  # one of somebody's own
+        return tuple(m(x) for m in maps)
+    y = ops.linear(x, *(m.weight() for m in maps))
+    return tuple(z if m.bias is None else z + m.bias[...].astype(x.dtype) for z, m in zip(y, maps, strict=True))
 
 
 class Embedding(nnx.Module):
@@ -88,8 +97,9 @@ def rotate(
     if width < x.shape[-1]:
         return jnp.concatenate([rotate(x[..., :width], positions, theta, width), x[..., width:]], axis=-1)
     half = width // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[:, :, None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    xp = np if isinstance(positions, np.ndarray) else jnp  # XLA would compute the sines again for every head and layer
+    frequency = theta ** (-xp.arange(half, dtype=np.float32) / half)
+    angle = positions[:, :, None, None].astype(np.float32) * frequency
+    cos, sin = xp.cos(angle), xp.sin(angle)
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

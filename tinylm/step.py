@@ -5,6 +5,7 @@ The slow twin is a few lines of optax written out plainly in the tests; both mus
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -14,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from tinylm import optim
+from tinylm import ops, optim
 from tinylm.data import Batch
 from tinylm.losses import Rows, head_nats
 from tinylm.model import Transformer
 from tinylm.spread import Layout
-from tinylm.weights import bind
+from tinylm.techniques import ticked
+from tinylm.weights import bind, fixed
 
 
 class State(NamedTuple):
@@ -56,35 +58,39 @@ def step_of(graph: Any, recipe: optim.Recipe, drops: bool) -> Callable:
     """
     dtype = jnp.dtype(recipe.dtype)
 
-    def loss(params: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        compute = jax.tree.map(lambda p: p.astype(dtype), params)  # float32 masters, `dtype` arithmetic
-        return cross_entropy(bind(graph, compute), batch, key if drops else None, recipe.z_loss)
+    def loss(params: dict, kept: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        compute = {**jax.tree.map(lambda p: p.astype(dtype), params), **kept}  # float32 masters, `dtype` arithmetic
+        with contextlib.nullcontext() if recipe.native else ops.plain():
+            return cross_entropy(bind(graph, compute), batch, key if drops else None, recipe.z_loss)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
 
-    def in_parts(params: dict, batch: Batch, key: jax.Array):
+    def in_parts(params: dict, kept: dict, batch: Batch, key: jax.Array):
         """Sums over `accumulate` parts of the batch, one after the other, so only one part's activations exist."""
         parts = jax.tree.map(lambda x: x.reshape(recipe.accumulate, -1, *x.shape[1:]), batch)
         keys = jax.random.split(key, recipe.accumulate)
 
         def add(total, part):
-            return jax.tree.map(jnp.add, total, gradient(params, *part)), None
+            return jax.tree.map(jnp.add, total, gradient(params, kept, *part)), None
 
-        one = jax.eval_shape(gradient, params, *jax.tree.map(lambda x: x[0], (parts, keys)))
+        one = jax.eval_shape(gradient, params, kept, *jax.tree.map(lambda x: x[0], (parts, keys)))
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
         return jax.lax.scan(add, zero, (parts, keys))[0]
 
     def step(state: State, batch: Batch, rate: jax.Array, seed: jax.Array, knobs: dict[str, jax.Array]):
         rule = optim.build(dataclasses.replace(recipe, **knobs))
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (_, (nats, weight)), grads = (in_parts if recipe.accumulate > 1 else gradient)(state.params, batch, key)
+        still = fixed(graph, state.params)
+        params = {name: x for name, x in state.params.items() if name not in still}
+        kept = {name: x for name, x in state.params.items() if name in still}
+        (_, (nats, weight)), grads = (in_parts if recipe.accumulate > 1 else gradient)(params, kept, batch, key)
         # An MLM batch of very short texts may hide nothing: no weight is no gradient, not a division by zero.
         weight = jnp.maximum(weight, 1e-9)
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.tree.norm(grads)
         halted = state.halted | ~(jnp.isfinite(nats) & jnp.isfinite(norm))
-        change, opt = rule.update(optim.clipped(grads, norm, recipe.clip), state.opt, state.params, rate)
-        new = State(jax.tree.map(jnp.add, state.params, change), opt, state.step + 1, halted)
+        change, opt = rule.update(optim.clipped(grads, norm, recipe.clip), state.opt, params, rate)
+        new = State({**jax.tree.map(jnp.add, params, change), **ticked(kept)}, opt, state.step + 1, halted)
         old = state._replace(halted=halted)
         new = jax.tree.map(lambda a, b: jnp.where(halted, a, b), old, new)
         return new, {"loss": nats / weight, "grad_norm": norm, "halted": halted}
@@ -98,9 +104,9 @@ def compiled_update(graph: Any, recipe: optim.Recipe, drops: bool, layout: Layou
 
     `batches` is a list of as many steps as are to be done in one call, in a loop on the device, `rates` their learning
     rates; `figures` holds an array of one value per step. How many share a call changes no bit of any result.
-    With a `layout` the state stays where that puts it.
+    With a `layout` the state stays where that puts it, and XLA shares the work out, which it cannot for native kernels.
     """
-    plain = step_of(graph, recipe, drops)
+    plain = step_of(graph, dataclasses.replace(recipe, native=recipe.native and layout is None), drops)
 
     def step(state: State, batch: Batch, rate: jax.Array, seed: jax.Array, knobs: dict[str, jax.Array]):
         state, figures = plain(state, batch, rate, seed, knobs)

@@ -34,7 +34,7 @@ from tinylm.data import Batch, Batches, DataError, Tokens, alike, batches_of, pi
 from tinylm.model import Transformer
 from tinylm.spread import anyone, gathered, layout, leads
 from tinylm.step import State, compiled_loss, compiled_update
-from tinylm.weights import assign, pure
+from tinylm.weights import assign, fixed, pure
 
 
 class TrainingDiverged(RuntimeError):
@@ -176,7 +176,9 @@ class Trainer:
         self.layout = layout(config)
         self.update = compiled_update(self.graph, self.recipe, model.config.dropout > 0, self.layout)
         params = jax.tree.map(jnp.copy, params)  # the step reuses their buffers; the model keeps its own
-        self.state = self._placed(State(params, optim.build(self.recipe).init(params), jnp.int32(0), jnp.bool_(False)))
+        still = fixed(self.graph, params)
+        opt = optim.build(self.recipe).init({name: x for name, x in params.items() if name not in still})
+        self.state = self._placed(State(params, opt, jnp.int32(0), jnp.bool_(False)))
         self.step, self.seconds = 0, 0.0
         self.history: list[Step] = []
         self.losses: list[float] = []

@@ -60,6 +60,12 @@ def bind(graph: Any, params: Mapping[str, Any]) -> Any:
     return nnx.merge(graph, nnx.from_flat_state([(parts(name), value) for name, value in params.items()]))
 
 
+def fixed(graph: Any, params: Mapping[str, Any]) -> frozenset[str]:
+    """Names of what training leaves alone: arrays of a model that are no `nnx.Param`, such as codes."""
+    leaves = nnx.to_flat_state(nnx.state(bind(graph, params)))
+    return frozenset(dotted(path) for path, leaf in leaves if not isinstance(leaf, nnx.Param))
+
+
 def assign(model: nnx.Module, values: Mapping[str, Any]) -> None:
     """Set all parameters at once, or none: raises ValueError that names the missing, extra and misshapen ones."""
     flat = {dotted(path): (path, leaf) for path, leaf in nnx.to_flat_state(nnx.state(model))}

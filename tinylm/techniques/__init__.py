@@ -22,7 +22,15 @@ from flax import nnx
 from tinylm.config import Edit, suggest
 from tinylm.parts import Embedding, Linear
 
-BUILT_IN: dict[str, str] = {}  # name -> file of this room, imported on first use
+BUILT_IN: dict[str, str] = {  # name -> file of this room, imported on first use
+    "ternary": "ternary",
+    "identity": "ternary",
+    "int8": "integer",
+    "int4": "integer",
+    "int2": "integer",
+    "lsq": "integer",
+    "quantized": "quantized",
+}
 _known: dict[str, type[Technique]] = {}
 
 
@@ -62,6 +70,11 @@ class Technique(nnx.Module):
         plain = nnx.clone(root)
         (plain.kernel if isinstance(plain, Linear) else plain.table).set_value(self.weight())
         return plain
+
+
+def ticked(params: dict[str, Any]) -> dict[str, Any]:
+    """Parameters after a training step: every technique's clock, which its ramp follows, is one step on."""
+    return {name: value + 1 if name.rpartition(".")[2] == "clock" else value for name, value in params.items()}
 
 
 T = TypeVar("T", bound=type[Technique])

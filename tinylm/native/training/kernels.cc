@@ -1,0 +1,31 @@
+// Compiled once per instruction set, with its compiler flags and TINYLM_KERNELS set to the name of its table.
+#include "attention.h"
+#include "gemm.h"
+#include "loss.h"
+
+#define QUOTED(x) #x
+#define NAME_OF(x) QUOTED(x)
+
+namespace tinylm::training {
+namespace {
+
+void any_product(const Product& x, Pool& pool) {
+    x.pairs ? product<Pairs>(x, pool) : product<Single>(x, pool);
+}
+
+void any_loss(const Loss& x, Pool& pool) {
+    x.pairs ? loss<Pairs, bfloat16>(x, pool) : loss<Single, float>(x, pool);
+}
+
+}  // namespace
+
+extern const Kernels TINYLM_KERNELS;
+const Kernels TINYLM_KERNELS = {
+    .name = NAME_OF(TINYLM_KERNELS),
+    .product = any_product,
+    .loss = any_loss,
+    .attention = attention,
+    .attention_back = attention_back,
+};
+
+}  // namespace tinylm::training

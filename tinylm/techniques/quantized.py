@@ -1,0 +1,194 @@
+"""A matrix that is its codes and scales: what `tinylm.quantize` makes, stored in few bits and read back bit for bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from tinylm import ops
+from tinylm.parts import Embedding, Linear
+from tinylm.techniques import EditError, technique
+from tinylm.techniques.packing import pack, size, unpack
+from tinylm.techniques.rounding import (
+    EPS,
+    Codes,
+    Per,
+    Rounding,
+    Stored,
+    cut,
+    grouped,
+    one_of,
+    require,
+    root,
+    rounded_inputs,
+    through,
+)
+
+STATIC = ("", "symmetric", "affine")
+
+
+@technique("quantized")
+class Quantized(Rounding):
+    """Packed codes with their scales; the floats they were made of are gone.
+
+    weight[i, o] = (code - zero) * scale of its cell, or table[code]. Nothing here is ever rounded anew: `weight()` is
+    the same bits after every reload. It is unpacked in every forward pass; `fold` or an export is faster to run.
+
+    Settings:
+        low, levels: the codes are low, low + 1, ..., levels of them.
+        per: what shares a scale; "table": no scales, but a value of its own for every code.
+        affine: a zero per scale, one of the codes.
+        half: scales are float16.
+        activations: dynamic rounding of the inputs, as of "ternary". static: "symmetric" or "affine" int8 with one
+            stored step (and zero) for all of them instead.
+        norm, norm_eps: of the inputs, as of "ternary".
+
+    Made by `edit` it rounds to nearest, the largest magnitude being the largest code; `quantize` puts in better ones.
+    """
+
+    def __init__(
+        self,
+        inner: nnx.Module,
+        *,
+        rngs: nnx.Rngs,
+        low: int = -127,
+        levels: int = 255,
+        per: Per | str = "channel",
+        affine: bool = False,
+        half: bool = False,
+        activations: str = "none",
+        static: str = "",
+        norm: str = "none",
+        norm_eps: float = 1e-5,
+    ):
+        require(type(levels) is int and 2 <= levels <= 2**16, "levels", levels, "must be 2 to 65536")
+        self.by_table = per == "table"
+        require(
+            not (affine and (self.by_table or levels > 256)), "affine", affine, "needs scales and 256 levels at most"
+        )
+        require(not (activations != "none" and static), "static", static, 'needs activations="none"')
+        super().__init__(
+            inner, rngs=rngs, low=low, high=low + levels - 1, per="tensor" if self.by_table else per,
+            activations=activations, norm=norm, norm_eps=norm_eps,
+        )  # fmt: skip
+        self.levels, self.affine, self.half, self.static = levels, affine, half, one_of("static", static, STATIC)
+        w = self.matrix().astype(jnp.float32)
+        self.shape = tuple(w.shape)
+        self.packed = Stored(jnp.zeros(size(levels, w.size), jnp.uint8))
+        cells, (_, outputs) = cut(w, self.per), self.shape
+        groups = cells.x.shape[0]
+        of_scales = (1, 1) if self.per == "tensor" else (groups, outputs)
+        kind = jnp.float16 if half else jnp.float32
+        self.scale = None if self.by_table else Stored(jnp.ones(of_scales, kind))
+        self.zero = Stored(jnp.zeros(of_scales, jnp.uint8)) if affine else None
+        self.table = Stored(jnp.zeros(levels, jnp.float32)) if self.by_table else None
+        self.step = Stored(jnp.ones(1)) if static else None
+        self.offset = Stored(jnp.zeros(1)) if static == "affine" else None
+        self.inner = shell(root(inner))
+        if not isinstance(w, jax.core.Tracer):
+            self._fill(w, cells)
+
+    def _fill(self, w: jax.Array, cells: Any) -> None:
+        """Round to nearest, so that the technique makes sense without `quantize` too."""
+        if self.by_table:
+            table = jnp.linspace(w.min(), w.max(), self.levels)
+            self.put(jnp.searchsorted((table[1:] + table[:-1]) / 2, w) + self.low, table=table)
+        elif self.affine:
+            bottom, top = jnp.minimum(-cells.max(-cells.x), 0), jnp.maximum(cells.max(cells.x), 0)
+            scale = self._kept(jnp.maximum((top - bottom) / (self.levels - 1), EPS))
+            zero = jnp.clip(jnp.round(-bottom / scale), 0, self.levels - 1)
+            codes = jnp.clip(jnp.round(cells.x / scale) + zero, 0, self.levels - 1)
+            self.put(codes.reshape(-1, w.shape[1])[: len(w)] + self.low, scale[:, 0], zero[:, 0])
+        else:
+            scale = self._kept(jnp.maximum(cells.max(jnp.abs(cells.x)) / max(self.high, 1), EPS))
+            codes = jnp.clip(jnp.round(cells.x / scale), self.low, self.high)
+            self.put(codes.reshape(-1, w.shape[1])[: len(w)], scale[:, 0])
+
+    def _kept(self, scale: jax.Array) -> jax.Array:
+        """Scales as they can be stored."""
+        return scale.astype(jnp.float16).astype(jnp.float32) if self.half else scale
+
+    def put(self, codes: Any, scale: Any = None, zero: Any = None, *, table: Any = None) -> None:
+        """Set the codes (inputs outputs), from `low` on, and what they stand for. Zeros are counted from `low` on too.
+
+        Raises ValueError for codes out of range, and for a float32 scale that float16 cannot hold where `half` is set.
+        """
+        self.packed.set_value(jnp.asarray(pack(np.asarray(codes).astype(np.int64) - self.low, self.levels)))
+        if self.table is not None:
+            self.table.set_value(jnp.asarray(table, jnp.float32))
+            return
+        scale = np.asarray(scale, np.float32)
+        kept = scale.astype(np.float16 if self.half else np.float32)
+        if not np.array_equal(kept.astype(np.float32), scale):
+            raise ValueError("scales that float16 cannot hold: round them before the codes are made")
+        self.scale.set_value(jnp.asarray(kept).reshape(self.scale.shape))
+        if self.zero is not None:
+            self.zero.set_value(jnp.asarray(np.asarray(zero), jnp.uint8).reshape(self.zero.shape))
+
+    def codes(self) -> jax.Array:
+        """(inputs, outputs) int32, 0 to levels - 1."""
+        return unpack(self.packed[...], self.levels, self.shape[0] * self.shape[1]).reshape(self.shape)
+
+    def rounded(self) -> Codes:
+        if self.by_table:
+            raise EditError("a table of values has no scale: export the folded model")
+        kind = jnp.int8 if self.low >= -128 and self.high <= 127 else jnp.int16
+        zero = None if self.zero is None else self.zero[...].astype(jnp.int32) + self.low
+        codes, group = (self.codes() + self.low).astype(kind), grouped(self.per, self.shape[0])
+        return Codes(codes, self.scale[...].astype(jnp.float32), zero, group)
+
+    def matrix(self) -> jax.Array:
+        if self.inner is None or getattr(self, "packed", None) is None:
+            return super().matrix()
+        return self.table[...][self.codes()] if self.by_table else self.rounded().dense()
+
+    def weight(self) -> jax.Array:
+        found = self.matrix()
+        return found.T if self.is_embedding else found
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.is_embedding:
+            return self.weight()[x]
+        x = x if self.norm is None else self.norm(x)
+        x = self._static(x) if self.static else rounded_inputs(x, self.inputs)[0]
+        (y,) = ops.linear(x, self.weight())
+        return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+    def _static(self, x: jax.Array) -> jax.Array:
+        z, step = x.astype(jnp.float32), self.step[...]
+        if self.offset is None:
+            rounded = jnp.clip(jnp.round(z / step), -127, 127) * step
+        else:
+            rounded = (jnp.clip(jnp.round(z / step) + self.offset[...], 0, 255) - self.offset[...]) * step
+        return through(z, rounded).astype(x.dtype)
+
+    def fold(self) -> nnx.Module:
+        if self.norm is not None:
+            raise EditError("Quantized with a norm inside is more than a matrix: no plain module is that")
+        w = self.weight()
+        if self.is_embedding:
+            plain: Any = Embedding(*w.shape)
+            plain.table.set_value(w)
+            return plain
+        plain = Linear(*w.shape, bias=self.bias is not None)
+        plain.kernel.set_value(w)
+        if self.bias is not None:
+            plain.bias.set_value(self.bias[...])
+        return plain
+
+
+def shell(plain: Any) -> nnx.Module:
+    """A module of the kit without its matrix: what says its class, and holds the bias."""
+    if isinstance(plain, Embedding):
+        empty: Any = Embedding(0, 0)
+        empty.table = None
+        return empty
+    empty = Linear(0, 0, bias=plain.bias is not None)
+    empty.kernel = None
+    if plain.bias is not None:
+        empty.bias = plain.bias
+    return empty
