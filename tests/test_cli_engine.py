@@ -50,11 +50,10 @@ class Echo:
     def ids(self, prompt="", **settings):
         yield from range(3)
 
-    def _piece(self, token):
+    def piece(self, token):
         return (b" upon", b" a", b" time")[token]
 
-    def _prefix(self):
-        return ""
+    prefix = ""
 
     def encode(self, text):
         return text.split()

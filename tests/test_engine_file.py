@@ -41,7 +41,9 @@ def tensors(bits="int8", **more):
     for name in ("blocks.0.attn_norm", "blocks.0.mlp_norm", "norm"):
         made[f"{name}.scale"] = layout.floats(np.ones(2))
     made |= {"windows": layout.ints(np.array([0])), "rotates": layout.ints(np.array([1]))}
+    made["blocks.0.attn.o.norm.scale"] = layout.floats(np.array([0.5, 2]))
     made["pieces"] = layout.raw(layout.pieces([b"", b"ab", b"\xff"]))
+    made["merges"] = layout.raw(struct.pack("<264I", 2, 2, 0, 0, *[0] * 256, ord("a"), 1, 0x2581, 2))
     return made | more
 
 
@@ -119,6 +121,8 @@ def test_bytes_are_those_of_the_format(sound):
         elif name == "pieces":
             assert kind == 2
             assert raw[offset:end] == struct.pack("<5I", 3, 0, 0, 2, 3) + b"ab\xff"
+        elif name == "merges":
+            assert (kind, rows, columns, size) == (2, 1, 264 * 4, 264 * 4)
         else:
             assert (kind, rows, columns) == (1 if name in ("windows", "rotates") else 0, 1, size // 4)
     assert names == list(tensors())
@@ -239,6 +243,12 @@ HOSTILE = {
     "scale of a row": (lambda r: changed(r, offset_of(r, "embed") + 256, "<f", -1), "embed holds"),
     "scale of no row": (lambda r: changed(r, offset_of(r, "embed") + 256 + 12, "<f", 1), "embed holds"),
     "piece count": (lambda r: changed(r, offset_of(r, "pieces"), "<I", 2**32 - 1), "pieces are not those of 3"),
+    "matrix norm": (lambda r: changed(r, offset_of(r, "blocks.0.attn.o.norm.scale"), "<f", np.inf), "o.norm.scale"),
+    "rules": (lambda r: changed(r, offset_of(r, "merges"), "<I", 33), r"rules \(33\)"),
+    "characters": (lambda r: changed(r, offset_of(r, "merges") + 4, "<I", 2**31), "not 2,147,483,648 characters"),
+    "many merges": (lambda r: changed(r, offset_of(r, "merges") + 8, "<I", 2**32 - 1), "4,294,967,295 merges"),
+    "byte's id": (lambda r: changed(r, offset_of(r, "merges") + 16, "<I", 3), "ids or characters that there are not"),
+    "code point": (lambda r: changed(r, offset_of(r, "merges") + 1040, "<I", 0x2582), "ids or characters"),
     "piece order": (lambda r: changed(r, offset_of(r, "pieces") + 8, "<I", 3), "do not follow"),
 }  # fmt: skip
 
@@ -293,6 +303,9 @@ def test_what_is_no_file_of_the_engine(sound, tmp_path):
         ({}, {"extra": layout.ints(np.zeros(1))}, "extra is not part of such a model"),
         ({}, {"norm.scale": layout.floats(np.array([1, np.inf]))}, r"norm\.scale holds values"),
         ({}, {"blocks.0.attn.q.input": layout.floats(np.zeros(1))}, r"blocks\.0\.attn\.q\.input holds"),
+        ({}, {"blocks.0.attn.q.norm.bias": layout.floats(np.zeros(2))}, r"q\.norm\.bias is not part"),
+        ({}, {"embed.norm.scale": layout.floats(np.ones(2))}, r"embed\.norm\.scale is not part"),
+        ({}, {"merges": layout.raw(bytes(8))}, "merges end too soon"),
         ({}, {"embed.dither": layout.ints(np.zeros(16))}, r"embed\.dither is not part"),
         ({}, {"pieces": layout.raw(layout.pieces([b"a"]))}, "pieces are not those of 3 tokens"),
         ({"members": 2}, {}, "members = 2"),

@@ -362,6 +362,8 @@ def test_penalty_and_unknown_ids(twin):
     pick = lambda **how: ours.pick(x, [60, 59, 1], Sampling(**how), 0, 0)  # noqa: E731
     assert pick(temperature=0) == 60
     assert pick(temperature=0, repetition_penalty=2.0) == 58
+    for tiny in (1e-45, 1e-38, 1e-10):  # without a warning, which is an error here
+        assert pick(temperature=tiny) == pick(temperature=tiny, top_k=3, top_p=0.5, min_p=0.1) == 60
     assert collections.Counter(len(list(ours.generate([5], n))) for n in (0, 3)) == {0: 1, 3: 1}
     known = Twin(ours.path)
     known.constants = ours.constants._replace(known=40, ends=(30,), begin=30)

@@ -46,11 +46,10 @@ class Words:
         finally:
             self.running -= 1
 
-    def _piece(self, token):
+    def piece(self, token):
         return f"w{token // 100}s{token % 100} ".encode()
 
-    def _prefix(self):
-        return "w0"
+    prefix = "w0"
 
     def encode(self, text):
         return text.split()

@@ -36,6 +36,14 @@ Tokens use(const tlm_model* model, int threads, int texts, float temperature) {
     tlm_settings settings;
     tlm_settings_default(&settings);
     settings.temperature = temperature, settings.most = 40;
+    const char text[] = "Once upon a time, there was <|endoftext|> a caf\xC3\xA9 1234's  \xE2\x96\x81.";
+    int32_t ids[sizeof text + 1];
+    for (const uint64_t bytes : {sizeof text - 1, sizeof text - 5, size_t{10}, size_t{0}}) {
+        int64_t count = 0;
+        if (tlm_encode(model, text, bytes, ids, &count, error)) continue;
+        expect(count <= static_cast<int64_t>(bytes) + 1, "more ids than there is room for");
+        for (int64_t i = 0; i < count; i++) expect(ids[i] >= 0 && ids[i] < facts.known, "an id that there is not");
+    }
     const Tokens prompt(3, facts.known - 1);
     Tokens tokens(texts * 8), made(texts), ended(texts);
     bool going = true;
@@ -79,6 +87,18 @@ void work_together(const char* path) {
         threads.emplace_back(
             [&] { expect(use(model, 2, 3, 1.0f) == expected, "another text with other threads around"); });
     for (std::thread& thread : threads) thread.join();
+
+    tlm_session* session;
+    tlm_settings settings;
+    tlm_settings_default(&settings);
+    settings.most = 60;
+    int32_t tokens[60], made = 0, ended;
+    expect(!tlm_session_new(model, 1, 2, &session, error), error);
+    expect(!tlm_session_draft_model(session, model, error), error);
+    expect(!tlm_start(session, 0, expected.data(), 1, &settings, error), error);
+    while (!tlm_next(session, 60, 0, tokens, &made, &ended, nullptr, error) && !ended) continue;
+    expect(ended, error);
+    tlm_session_free(session);
 
     const Tokens corpus(100, 1);
     tlm_draft *learned, *read;

@@ -9,7 +9,7 @@
 
 Everything runs in the native library; without it the NumPy twin gives the same numbers slowly, with a warning.
 Importing this imports neither JAX nor NumPy nor `tokenizers`: they are loaded when arrays are asked for, or a text must
-be encoded.
+be encoded that native code cannot (`encoding`).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 LARGEST = 2**31 - 1
+CUT = 2**18  # characters of a text from which on the tokenizer encodes it in parts
 TAIL = 2**14  # bytes of a tokenizer.json that nearly always hold all that follows its vocabulary
 
 
@@ -40,6 +41,8 @@ class Engine:
         screen: find the next token from half of the head's bytes, where that gives the same one (`native/sampling.cc`).
         speculate: tokens guessed per pass, at most 7, and 0 for none; guesses change no text.
         kernels: "avx512", "avxvnni", "avx2", "neon" or "scalar"; None: the best for this processor.
+        draft: path of a smaller model with the same tokenizer, which guesses where the text itself gives no guess, as
+            long as that saves time. Not for lists of prompts.
 
     Raises:
         ValueError: a damaged file, or an argument out of range; the message names it.
@@ -53,13 +56,14 @@ class Engine:
         screen: bool = True,
         speculate: int = 7,
         kernels: str | None = None,
+        draft: Any = None,
     ) -> None:
         if cache not in ("auto", "float32", "int8"):
             raise ValueError(f"cache = {cache!r}: must be auto, float32 or int8")
         threads, speculate = _whole("threads", threads, 0, 1024), _whole("speculate", speculate, 0, LARGEST)
         self.path = str(path)
         named = {"threads": threads, "cache": cache, "screen": bool(screen), "speculate": min(speculate, 7)}
-        self._core = _core(self.path, kernels=kernels, **named)
+        self._core = _core(self.path, kernels=kernels, draft=None if draft is None else str(draft), **named)
         self.facts = self._core.facts
         self._pieces = self._core.pieces()
         self._tokenizer: Any = None
@@ -85,13 +89,20 @@ class Engine:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text alone, without the begin token."""
-        return self.tokenizer.encode(text).tolist() if text else []
+        if not text:
+            return []
+        try:
+            ids = self._core.encode(text.encode()) if len(text) <= CUT else None
+        except UnicodeEncodeError:  # half of a surrogate pair: the tokenizer says where
+            ids = None
+        return self.tokenizer.encode(text).tolist() if ids is None else ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD."""
-        return b"".join(map(self._piece, ids)).decode("utf-8", errors="replace")
+        return b"".join(map(self.piece, ids)).decode("utf-8", errors="replace")
 
-    def _piece(self, token: int) -> bytes:
+    def piece(self, token: int) -> bytes:
+        """The bytes that an id stands for: b"" for special tokens. Raises ValueError for a file without a tokenizer."""
         if self._pieces is None:
             raise ValueError(f"{self.path} has no tokenizer: use `ids` for token ids instead of text")
         return self._pieces[token]
@@ -114,8 +125,10 @@ class Engine:
             return [i for i in (first, *ids, last) if i is not None]
         return ids if self.facts.begin < 0 else [self.facts.begin, *ids]
 
-    def _prefix(self) -> str:
-        """What encoding puts in front of every text, read off the tokenizer's json without parsing all of it."""
+    @property
+    def prefix(self) -> str:
+        """What encoding puts in front of every text, and decoding gives back: " " or "". `Text` takes it away again."""
+        # Read off the tokenizer's json without parsing all of it.
         if self._tokenizer is not None:
             return self._tokenizer.prefix.decode()
         text = self._core.data("tokenizer", TAIL) or b""
@@ -155,9 +168,9 @@ class Engine:
         Raises:
             ValueError: a setting out of range, an encoder, or a model whose logits are not finite.
         """
-        text = _Text(_stops(stop), "" if len(prompt) else self._prefix())
+        text = Text(_stops(stop), "" if len(prompt) else self.prefix)
         for _, new, ended in self._write([self._ids(prompt)], tokens, 1, seed, sampling):
-            piece = text.push(b"".join(map(self._piece, new)), bool(ended))
+            piece = text.push(b"".join(map(self.piece, new)), bool(ended))
             if piece:
                 yield piece
             if text.stopped:
@@ -184,8 +197,8 @@ class Engine:
         texts = []
         for one in prompts:
             if not len(one) and prefix is None:
-                prefix = self._prefix()
-            texts.append(_Text(stops, "" if len(one) else prefix))
+                prefix = self.prefix
+            texts.append(Text(stops, "" if len(one) else prefix))
         pieces = [[one if isinstance(one, str) else self.decode(one)] for one in prompts]
         writing = self._write(starts, tokens, _whole("together", together, 1, 65536), seed, sampling)
         stopped = None
@@ -194,7 +207,7 @@ class Engine:
                 number, new, ended = writing.send(stopped)
             except StopIteration:
                 break
-            pieces[number].append(texts[number].push(b"".join(map(self._piece, new)), bool(ended)))
+            pieces[number].append(texts[number].push(b"".join(map(self.piece, new)), bool(ended)))
             stopped = texts[number].stopped or None
         whole = ["".join(parts) for parts in pieces]
         return whole if many else whole[0]
@@ -262,7 +275,7 @@ class Engine:
         logs = self._core.score(ids)
         # Without a begin token in front, the first token is given and not scored.
         given = isinstance(text, str) and self.facts.begin >= 0
-        size = len(text.encode()) if given else len(b"".join(map(self._piece, ids[1:]))) if self._pieces else 0
+        size = len(text.encode()) if given else len(b"".join(map(self.piece, ids[1:]))) if self._pieces else 0
         return Score(logs[1:], size)
 
 
@@ -286,17 +299,25 @@ class Score:
         return f"Score({self.nats:.3f} nats over {self.tokens} tokens: {each})"
 
 
-class _Text:
-    """Bytes of tokens in, text out: without `lead` in front, complete characters, up to a text at which to stop."""
+class Text:
+    """Bytes of tokens in, text out: without `lead` in front, complete characters, up to a text at which to stop.
 
-    def __init__(self, stops: tuple[str, ...], lead: str) -> None:
+    Args:
+        stops: texts, none of them empty, at which the text ends; they are not part of it.
+        lead: what is taken away from its beginning: `Engine.prefix` where the prompt is empty.
+
+    Attributes:
+        stopped: whether one of `stops` was met.
+    """
+
+    def __init__(self, stops: tuple[str, ...] = (), lead: str = "") -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._stops, self._lead, self.stopped = stops, lead, False
         self._hold = max((len(s) for s in stops), default=1) - 1  # a stop text may begin in what is held back
         self._held = ""
 
     def push(self, new: bytes, ended: bool) -> str:
-        """The text that is certain now."""
+        """The text that is certain now, after the bytes `new`; all of it where they `ended` the text."""
         self._held += self._decoder.decode(new, ended)
         if self._lead and self._held:
             self._held, self._lead = self._held.removeprefix(self._lead), ""

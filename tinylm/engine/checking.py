@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
+from tinylm.engine import encoding
 from tinylm.engine.layout import (
     BLOCKS,
     CACHES,
@@ -48,7 +49,7 @@ def check(c: Constants, tensors: Mapping[str, Tensor]) -> None:
     _check_constants(c)
     if c.layers > len(tensors):  # a file that lies must not make us list a million blocks
         raise Flaw(f"it announces {c.layers:,} layers and holds {len(tensors):,} tensors")
-    needs = dict(_needs(c))
+    needs = dict(_needs(c, tensors))
     for name, need in list(needs.items()):
         planes = name in tensors and tensors[name].kind == Kind.panel_planes
         if need.sort == "matrix" and planes:
@@ -78,6 +79,8 @@ def check(c: Constants, tensors: Mapping[str, Tensor]) -> None:
         raise Flaw(f"{c.rotary} of {c.head_width} features rotate")
     if "pieces" in tensors:
         pieces_of(tensors["pieces"].data, c.known)
+    if "merges" in tensors:
+        encoding.check(tensors["merges"].data, c.known)
 
 
 def _check_constants(c: Constants) -> None:
@@ -113,8 +116,8 @@ def _check_constants(c: Constants) -> None:
             raise Flaw(f"{name} = {getattr(c, name)}")
 
 
-def _needs(c: Constants) -> Iterator[tuple[str, _Need]]:
-    """Every tensor that a model with these constants has or may have."""
+def _needs(c: Constants, has: Container[str]) -> Iterator[tuple[str, _Need]]:
+    """Every tensor that a model with these constants has or, if others are there, may have."""
 
     def norm(name: str) -> Iterator[tuple[str, _Need]]:
         yield f"{name}.scale", _Need("floats", 1, c.width)
@@ -129,6 +132,15 @@ def _needs(c: Constants) -> Iterator[tuple[str, _Need]]:
             yield f"{name}.bias", _Need("floats", 1, rows, bias)
         if name.startswith("blocks."):
             yield f"{name}.input", _Need("floats", 1, 1, False)
+        if name.startswith("blocks.") and f"{name}.norm.scale" in has:
+            yield f"{name}.norm.scale", _Need("floats", 1, columns)
+            yield f"{name}.norm.bias", _Need("floats", 1, columns, False)
+
+    def norm_before(name: str, *readers: str) -> Iterator[tuple[str, _Need]]:
+        """It may be missing where all that read it have norms of their own."""
+        own = all(f"{reader}.norm.scale" in has for reader in readers) and BLOCKS[c.block] != "post"
+        if not own or f"{name}.scale" in has:
+            yield from norm(name)
 
     heads, kv, kind = c.heads * c.head_width, c.kv_heads * c.head_width, HEADS[c.head]
     yield from matrix("embed", c.vocab, c.width)
@@ -140,8 +152,9 @@ def _needs(c: Constants) -> Iterator[tuple[str, _Need]]:
         yield from norm("embed_norm")
     for i in range(c.layers):
         attn, mlp = f"blocks.{i}.attn", f"blocks.{i}.mlp"
-        yield from norm(f"{attn}_norm")
-        yield from norm(f"{mlp}_norm")
+        ins = ("gate", "up") if MLPS[c.mlp] in GATED else ("up",)
+        yield from norm_before(f"{attn}_norm", *(f"{attn}.{part}" for part in "qkv"))
+        yield from norm_before(f"{mlp}_norm", *(f"{mlp}.{part}" for part in ins))
         for name, rows, columns in (
             ("q", heads, c.width),
             ("k", kv, c.width),
@@ -151,7 +164,7 @@ def _needs(c: Constants) -> Iterator[tuple[str, _Need]]:
             yield from matrix(f"{attn}.{name}", rows, columns)
         for name in ("q_norm", "k_norm") if c.qk_norm else ():
             yield f"{attn}.{name}.scale", _Need("floats", 1, c.head_width)
-        for name in ("gate", "up") if MLPS[c.mlp] in GATED else ("up",):
+        for name in ins:
             yield from matrix(f"{mlp}.{name}", c.hidden, c.width)
         yield from matrix(f"{mlp}.down", c.width, c.hidden)
     if BLOCKS[c.block] != "post":
@@ -167,7 +180,7 @@ def _needs(c: Constants) -> Iterator[tuple[str, _Need]]:
         yield "head.bias", _Need("floats", 1, c.vocab)
     if kind == "classes":
         yield from matrix("head.out", c.classes, c.width, bias=True)
-    for name in ("tokenizer", "pieces", "provenance", "grams"):
+    for name in ("tokenizer", "pieces", "merges", "provenance", "grams"):
         yield name, _Need("raw", 1, 0, False)
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tinylm.engine import _Text
+from tinylm.engine import Text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,11 +183,11 @@ class Completion:
         stop, most = settings.pop("stop"), settings["tokens"]
         for choice in range(len(self.texts)):
             prompt, seed = self.request.prompts[choice // self.request.n], (self.request.seed + choice) % 2**32
-            text, made, late = _Text(stop, "" if prompt else self.engine._prefix()), 0, False
+            text, made, late = Text(stop, "" if prompt else self.engine.prefix), 0, False
             with contextlib.closing(self.engine.ids(prompt, seed=seed, **settings)) as ids:
                 for token in ids:
                     made += 1
-                    if piece := text.push(self.engine._piece(token), False):
+                    if piece := text.push(self.engine.piece(token), False):
                         self.texts[choice] += piece
                         yield choice, piece
                     late = time.monotonic() > self.ends

@@ -14,7 +14,7 @@ from tinylm.native import EngineError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from typing import Any
 
     import numpy as np
@@ -38,10 +38,12 @@ class Native:
         screen: bool = True,
         speculate: int = MOST_DRAFTED,
         kernels: str | None = None,
+        draft: str | None = None,
         check: bool = True,
     ) -> None:
         self._lib = native.library()
         self._model, self._idle, self._drafts = c.c_void_p(), [], c.c_void_p()
+        self._smaller = Native(draft, check=check) if draft else None
         self._threads, self._speculate = threads, speculate
         options = native.Options(kernels.encode() if kernels else None, CACHES.index(cache), screen, check)
         try:
@@ -52,6 +54,8 @@ class Native:
         self._lib.tlm_info(self._model, self.facts)
         self.kernels = self.facts.kernels.decode()
         self.ends = {i for i in self.facts.ends if i >= 0}
+        if self._smaller:
+            self._give(*self._take())  # what is wrong with it shows here
 
     def __del__(self) -> None:
         for pid, session in getattr(self, "_idle", ()):
@@ -77,6 +81,12 @@ class Native:
             return None
         return Pieces(self, tensor.data, tensor.bytes)
 
+    def encode(self, text: bytes) -> list[int] | None:
+        """Token ids of a text of UTF-8, or None where only the tokenizer's own library knows them."""
+        ids, count = (c.c_int32 * (len(text) + 1))(), c.c_int64()
+        native.call("tlm_encode", self._model, text, len(text), ids, count)
+        return None if count.value < 0 else ids[: count.value]
+
     # ---- sessions
 
     def _take(self, sequences: int = 1) -> tuple[int, c.c_void_p]:
@@ -88,6 +98,8 @@ class Native:
         native.call("tlm_session_new", self._model, sequences, self._threads, session)
         if self._drafts:
             native.call("tlm_session_draft", session, self._drafts)
+        if self._smaller and sequences == 1:
+            native.call("tlm_session_draft_model", session, self._smaller._model)
         return os.getpid(), session
 
     def _give(self, pid: int, session: c.c_void_p, sequences: int = 1) -> None:
@@ -96,8 +108,8 @@ class Native:
         else:
             self._free(pid, session)
 
-    def _free(self, pid: int, session: c.c_void_p) -> None:
-        if pid == os.getpid():
+    def _free(self, pid: int, session: c.c_void_p, own: Callable[[], int] = os.getpid) -> None:
+        if pid == own():  # not `os.getpid`: when Python ends, modules may be gone before the last engine is
             self._lib.tlm_session_free(session)
 
     def learn(self, tokens: Sequence[int] | bytes, most: int = 0) -> bytes:

@@ -4,8 +4,9 @@ r"""A model to a `.tlm` file: every matrix rounded as asked, everything else as 
     export(model, "story.tlm", bits="ternary", embed="int8")              a model trained ternary, exactly
     export(model, "story.tlm", bits="int4", group=32, only={r".*\.down": "int8"})
 
-Works on every decoder and encoder of the kit. Techniques are folded; other modules that are not the kit's own are
-refused by path, unless they offer `.weight()` and are nothing but x @ weight() + bias.
+Works on every decoder and encoder of the kit. Techniques with codes and scales of their own are written as they were
+trained, norms included, and others are folded; other modules that are not the kit's own are refused by path, unless
+they offer `.weight()` and are nothing but x @ weight() + bias (`modules`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 
 import tinylm
 from tinylm.config import ModelConfig
-from tinylm.engine import file, rounding
+from tinylm.engine import encoding, file, modules, rounding
 from tinylm.engine.layout import (
     BLOCKS,
     CACHES,
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 PLANES_FROM = 2048  # ids of a decoder's int8 head from which on screening it pays
 SHOWN = 10  # problems spelt out in one message
-MATRICES = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
+VECTORS = r"(norm|embed_norm|head\.norm|blocks\.\d+\.(attn_norm|mlp_norm|attn\.[qk]_norm))\.(scale|bias)|head\.bias"
 
 
 class Row(NamedTuple):
@@ -103,12 +104,6 @@ class Report(NamedTuple):
         return "\n".join([f"{self.path}: {total}", *lines])
 
 
-class _Matrix(NamedTuple):
-    weight: np.ndarray
-    """(outputs, inputs) float32."""
-    bias: np.ndarray | None
-
-
 def export(
     model: Transformer,
     path: PathLike,
@@ -128,7 +123,8 @@ def export(
     Args:
         model: any of the kit's.
         bits: of every matrix inside the blocks: "float32", "int8", "int4", "ternary", "ternary2"; see `rounding`.
-        group: columns per scale, a multiple of 16; 0: a scale per row, which is faster.
+        group: columns per scale, a multiple of 16; 0: a scale per row, which is faster. Matrices that a technique
+            trained keep their codes and scales, whatever `group` and `absmean` say, where the bits can hold them.
         embed: bits of the embedding, and of the tied head; default int8, float32 where `bits` is.
         head: bits of the head's matrices; default as `embed`. A tied head with other bits is stored beside the table.
             An int8 head over 2048 ids and more becomes "planes", which the engine can screen.
@@ -136,6 +132,7 @@ def export(
         cache: keys and values as "float32" or "int8"; "auto": int8 where the heads are wide enough, float32 where every
             matrix is.
         activations: "int8" or "float32", to make sure of them: they are floats exactly where every matrix is float32.
+            With "int8" also matrices are taken whose inputs were rounded in some other way while they were trained.
         calibration: token rows; inputs inside the blocks are then rounded with one scale each, the largest seen
         there, not
             one per token. A little faster, and less exact.
@@ -148,23 +145,23 @@ def export(
         FormatError: all that cannot be exported, with the reasons; nothing is written then. OSError: as `tinylm.save`.
     """
     path, edits = Path(path), [change.to_dict() for change in model.config.edits]
-    model = _folded(model, path)
+    model = modules.folded(model, path)
     settings = {
         "bits": bits, "group": group, "embed": embed, "head": head, "only": dict(only or {}), "cache": cache,
         "activations": activations, "calibration": calibration is not None, "absmean": absmean,
     }  # fmt: skip
     if cache not in CACHES:
         raise problem(f"cache = {cache!r}: must be one of {', '.join(CACHES)}")
-    problems = list(_strangers(model))
+    problems = list(modules.strangers(model))
     _complain(path, problems)
     tensors: dict[str, Tensor] = {}
     rows = []
-    matrices = dict(_matrices(model, problems))
+    matrices = dict(modules.matrices(model, activations == "int8", problems))
     wanted = _bits_of(model.config, matrices, bits, embed, head, only or {}, problems)
     for name, kind in wanted.items():
         matrix = matrices[name] if name in matrices else matrices["embed"]
         try:
-            rounded = rounding.quantize(matrix.weight, kind, group=0 if kind == "planes" else group, absmean=absmean)
+            rounded, kind = _rounded(matrix, kind, group, absmean)
         except ValueError as error:
             problems.append(f"{name}: {error}")
             continue
@@ -173,6 +170,11 @@ def export(
             tensors[f"{name}.dither"] = dither
         if matrix.bias is not None:
             tensors[f"{name}.bias"] = floats(matrix.bias)
+        if matrix.input:
+            tensors[f"{name}.input"] = floats(np.array([matrix.input], np.float32))
+        for part, vector in zip(("scale", "bias"), matrix.norm or (), strict=False):
+            if vector is not None:
+                tensors[f"{name}.norm.{part}"] = floats(np.broadcast_to(vector, matrix.weight.shape[1]))
         rows.append(_row(name, kind, matrix.weight, rounded, tensors[name]))
     _complain(path, problems)
     quantized = any(tensor.kind > Kind.panel_float for tensor in tensors.values())
@@ -183,7 +185,9 @@ def export(
     tensors |= {name: floats(value) for name, value in _vectors(model)}
     tensors |= _layers(model.config)
     if calibration is not None:
-        tensors |= _inputs(model, calibration)
+        if any(matrix.norm is not None for matrix in matrices.values()):
+            raise problem(f"{path}: calibration: not for matrices with norms of their own, leave it out")
+        tensors = _inputs(model, calibration) | tensors
     tensors |= _texts(model, {"export": settings, "edits": edits})
     exact = cache == "auto" and not quantized
     file.write(path, _constants(model, "float32" if exact else cache, quantized), tensors)
@@ -208,83 +212,6 @@ def about(path: PathLike) -> ModelConfig:
 # --- what a model consists of -----------------------------------------------------------------------------------------
 
 
-def _folded(model: Transformer, path: Path) -> Transformer:
-    if not model.config.edits:
-        return model
-    from tinylm.techniques import EditError, fold
-
-    try:
-        return fold(model)
-    except EditError as error:
-        raise problem(f"{path}: {error}; tinylm.save into a folder keeps everything") from error
-
-
-def _strangers(model: Transformer) -> Iterator[str]:
-    """Modules that are not the kit's own and no matrix either, with their paths."""
-    from flax import nnx
-
-    from tinylm import model as room
-    from tinylm import parts
-
-    c = model.config
-    norm = parts.NORMS[c.norm]
-    table = {"": room.Transformer, "norm": norm, "embed_norm": norm, "head": room.HEADS[c.head], "head.norm": norm}
-    inside = {
-        "": room.BLOCKS[c.block],
-        "attn": room.Attention,
-        "mlp": room.MLPS[c.mlp],
-        "attn_norm": norm,
-        "mlp_norm": norm,
-    }
-    inside |= {"attn.q_norm": parts.RMSNorm, "attn.k_norm": parts.RMSNorm}
-    for i in range(c.layers):
-        table |= {f"blocks.{i}.{name}".rstrip("."): kind for name, kind in inside.items()}
-    matrices = {"embed", "embed_positions", "embed_types", "head.out", "head.dense"}
-    matrices |= {f"blocks.{i}.{name}" for i in range(c.layers) for name in MATRICES}
-    foreign: tuple[str, ...] = ()
-    for path, module in sorted(nnx.iter_modules(model), key=lambda found: len(found[0])):
-        name = ".".join(map(str, path))
-        if name == "blocks" or name.startswith(foreign):
-            continue
-        if name in matrices:
-            expected = parts.Embedding if name.startswith("embed") else parts.Linear
-            reason = "" if callable(getattr(module, "weight", None)) else "which offers no weight()"
-        else:
-            expected, reason = table.get(name), "which the engine does not know"
-        if type(module) is not expected:
-            foreign = (*foreign, f"{name}.")  # what is inside it is its own affair
-            if reason:
-                yield f"{name or 'the model'} is a {type(module).__name__}, {reason}"
-
-
-def _matrices(model: Transformer, problems: list[str]) -> Iterator[tuple[str, _Matrix]]:
-    """Every matrix by its name in the file, outputs first."""
-    yield "embed", _Matrix(np.asarray(model.embed.weight(), np.float32), None)
-    for i, block in enumerate(model.blocks):
-        for name in MATRICES:
-            part, _, own = name.partition(".")
-            if hasattr(getattr(block, part), own):
-                full = f"blocks.{i}.{name}"
-                yield full, _matrix(full, getattr(getattr(block, part), own), problems)
-    for own in ("dense", "out"):
-        if hasattr(model.head, own):
-            yield f"head.{own}", _matrix(f"head.{own}", getattr(model.head, own), problems)
-
-
-def _matrix(name: str, module: Any, problems: list[str]) -> _Matrix:
-    """Its weight and bias; a module of another class must do what they say."""
-    from tinylm.parts import Linear
-
-    weight, bias = np.asarray(module.weight(), np.float32), getattr(module, "bias", None)
-    bias = None if bias is None else np.asarray(bias[...], np.float32)
-    if type(module) is not Linear:
-        x = np.random.default_rng(0).standard_normal((4, len(weight))).astype(np.float32)
-        found, said = np.asarray(module(x)), x @ weight + (0 if bias is None else bias)
-        if not np.abs(found - said).max() <= 1e-4 * np.abs(said).max():
-            problems.append(f"{name} is a {type(module).__name__}, whose output is not x @ weight() + bias")
-    return _Matrix(weight.T, bias)
-
-
 def _vectors(model: Transformer) -> Iterator[tuple[str, np.ndarray]]:
     """Norms, the small embeddings, and the mlm head's bias."""
     from tinylm.weights import named
@@ -293,7 +220,7 @@ def _vectors(model: Transformer) -> Iterator[tuple[str, np.ndarray]]:
         if getattr(model, name) is not None:
             yield name, np.asarray(getattr(model, name).weight(), np.float32)
     for name, value in named(model).items():
-        if re.fullmatch(r"(.*norm\.(scale|bias))|head\.bias", name):
+        if re.fullmatch(VECTORS, name):
             yield name, np.asarray(value, np.float32)
 
 
@@ -311,6 +238,8 @@ def _texts(model: Transformer, told: dict[str, Any]) -> dict[str, Tensor]:
         )
         texts["tokenizer"] = raw(canonical.encode())
         texts["pieces"] = raw(pieces(tokenizer.token_bytes))
+        if (found := encoding.merges(tokenizer)) is not None:
+            texts["merges"] = raw(found)
     story = {"tinylm": tinylm.__version__, "model": model.config.to_dict(), **told}
     story["tokenizer"] = None if tokenizer is None else tokenizer.sha256
     texts["provenance"] = raw(json.dumps(story, sort_keys=True).encode())
@@ -348,7 +277,7 @@ def _constants(model: Transformer, cache: str, quantized: bool) -> Constants:
 
 def _bits_of(
     config: ModelConfig,
-    matrices: Mapping[str, _Matrix],
+    matrices: Mapping[str, modules.Matrix],
     bits: str,
     embed: str | None,
     head: str | None,
@@ -381,6 +310,15 @@ def _bits_of(
         if own not in rounding.BITS
     ]
     return {name: own for name, own in wanted.items() if own in rounding.BITS}
+
+
+def _rounded(matrix: modules.Matrix, bits: str, group: int, absmean: bool) -> tuple[rounding.Rounded, str]:
+    """A matrix in these bits, and the bits: what was trained as it is, if they hold it."""
+    if matrix.codes is not None:
+        for kind in (bits, "int8") if bits == "planes" else (bits,):  # planes hold less than int8
+            if (trained := rounding.taken(*matrix.codes, kind)) is not None:
+                return trained, kind
+    return rounding.quantize(matrix.weight, bits, group=0 if bits == "planes" else group, absmean=absmean), bits
 
 
 def _row(name: str, bits: str, weight: np.ndarray, rounded: rounding.Rounded, tensor: Tensor) -> Row:

@@ -44,6 +44,9 @@ float: its input's scale, instead of one per token); panel_planes has NAME.dithe
     embed_norm.scale .bias            floats; all norms: scale, and bias where the norm is a layernorm
     blocks.0.attn_norm, .mlp_norm     norms
     blocks.0.attn.q .k .v .o          matrices
+    blocks.0.attn.q.norm and so on    a norm of a matrix's own, of its input, before that is rounded: an RMSNorm, with
+                                      .bias a layernorm. Where q, k and v all have one, attn_norm may be missing, and
+                                      mlp_norm where up and gate have; not in post-norm blocks
     blocks.0.attn.q_norm, .k_norm     RMSNorm scales, head_width
     blocks.0.mlp.up .down .gate       matrices; gate for swiglu, geglu and reglu
     norm                              norm, but for post-norm blocks
@@ -54,8 +57,9 @@ float: its input's scale, instead of one per token); panel_planes has NAME.dithe
                                       head.dense has a bias, as head.out of a classes head
     tokenizer                         raw: tokenizer.json, keys sorted, no spaces
     pieces                            raw: u32 count, u32 offsets[count + 1], then the bytes that each id stands for
+    merges                            raw: how texts become ids, see `encoding`; only where native code can do it
     provenance                        raw: json of the kit's version, the model's settings, the export's, and the edits
-                                      that were folded
+                                      of it
     grams                             raw: drafts for speculation
 """
 

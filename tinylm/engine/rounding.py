@@ -99,6 +99,23 @@ def quantize(matrix: np.ndarray, bits: str, *, group: int = 0, absmean: bool = F
     return Rounded(kind, codes.reshape(len(matrix), -1)[:, :columns], scales, group)
 
 
+def taken(codes: np.ndarray, scales: np.ndarray, group: int, bits: str) -> Rounded | None:
+    """A matrix that is codes and scales already, see `Rounded`; None where these bits cannot hold it.
+
+    Raises FormatError for scales of groups that are no float16 numbers.
+    """
+    kind = BITS[bits]
+    if kind == Kind.panel_float or group % PANEL or (group and bits == "planes"):
+        return None
+    if not np.isfinite(scales).all() or (scales < 0).any() or np.abs(codes.astype(np.int32)).max() > LARGEST[kind]:
+        return None
+    if group and (_stored(scales, group) != scales).any():
+        raise problem(
+            f"its scales, one per {group} inputs, are no float16 numbers, as files have: train it with half=True"
+        )
+    return Rounded(kind, codes.astype(np.int8), scales, group)
+
+
 def _ternary_scales(cut: np.ndarray, peak: np.ndarray, group: int, absmean: bool, columns: int) -> np.ndarray:
     if not absmean:
         odd = ((cut != 0) & (np.abs(cut) != peak[..., None])).any((1, 2))

@@ -13,7 +13,7 @@ from tinylm.engine.twin import Twin, start_of
 
 
 class Slow:
-    """One open file. `threads`, `screen`, `speculate` and `kernels` change no results and are ignored."""
+    """One open file. `threads`, `screen`, `speculate`, `kernels` and `draft` change no results and are ignored."""
 
     kernels = "numpy"
 
@@ -40,6 +40,9 @@ class Slow:
         offsets = np.frombuffer(data, "<u4", count + 1, 4).tolist()
         text = data[4 + 4 * (count + 1) :]
         return [text[a:b] for a, b in itertools.pairwise(offsets)] + [b""] * (self.facts.vocab - count)
+
+    def encode(self, text: bytes) -> None:
+        """Texts become ids in the tokenizer's own library."""
 
     def learn(self, tokens: Sequence[int], most: int = 0) -> bytes:
         """Nothing is guessed here."""

@@ -14,11 +14,13 @@
                 bias.
     attention   every token of a call writes its keys and values first, then all attend to the cache. Scores carry the
                 factor attention_scale * log2(e), so that weights are powers of two.
+    norms       of the residual stream, and of a matrix's own input where the file has them, before it is rounded.
     residuals   and embeddings: plain sums, in the order of `model`.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -41,7 +43,7 @@ from tinylm.engine.arithmetic import (
     lanesum,
     quantize,
 )
-from tinylm.engine.layout import BLOCKS, CACHES, GATED, HEADS, KINDS, MLPS, NORMS, Kind
+from tinylm.engine.layout import BLOCKS, CACHES, GATED, HEADS, KINDS, MLPS, Kind
 from tinylm.store import PathLike
 
 EXACT = 1040  # columns whose sums of codes are exact in float32, whatever the order: 127 * 127 * 1040 < 2^24
@@ -64,6 +66,8 @@ class Matrix(NamedTuple):
     bias: np.ndarray | None
     input: float
     """Static scale of the input; 0: a scale per row."""
+    norm: Callable[[np.ndarray], np.ndarray]
+    """Of the input, before that is rounded."""
 
     def rows(self, ids: np.ndarray) -> np.ndarray:
         """Rows as floats, (ids, columns): an embedding."""
@@ -88,6 +92,7 @@ class Matrix(NamedTuple):
 
     def __call__(self, x: np.ndarray, watch: Watch | None = None) -> np.ndarray:
         """(T, columns) -> (T, rows)."""
+        x = self.norm(x)
         if self.scales.size:
             codes, scale = quantize(x, self.input)
             sums = self.sums(codes)
@@ -140,11 +145,11 @@ class Twin:
         found = file.read(path)
         self.path, self.constants, self.tensors = path, found.constants, found.tensors
         c = self.constants
+        kinds = (Kind.floats, Kind.ints)
+        self.vectors = {name: tensor.values for name, tensor in self.tensors.items() if tensor.kind in kinds}
         self.matrices = {
             name: self._unpacked(name) for name, tensor in self.tensors.items() if tensor.kind >= Kind.panel_float
         }
-        kinds = (Kind.floats, Kind.ints)
-        self.vectors = {name: tensor.values for name, tensor in self.tensors.items() if tensor.kind in kinds}
         wide = c.head_width % 16 == 0 and c.head_width >= 32
         self.int8_cache = wide if CACHES[c.cache] == "auto" else CACHES[c.cache] == "int8"
         self.factor = F32(c.attention_scale) * LOG2E
@@ -161,6 +166,7 @@ class Twin:
             rounded.group,
             None if bias is None else bias.values[0],
             0.0 if fixed is None else float(fixed.values[0, 0]),
+            functools.partial(self._norm, f"{name}.norm"),
         )
 
     # ---- what people ask for
@@ -245,7 +251,8 @@ class Twin:
             x[seen] = np.clip(punished, -LARGEST, LARGEST)
         if sampling.temperature == 0:
             return arithmetic.argmax(x)
-        x = (x - x.max()) * arithmetic.inverse_of(sampling.temperature)
+        with np.errstate(over="ignore"):  # at tiny temperatures -infinity is what it should be
+            x = (x - x.max()) * arithmetic.inverse_of(sampling.temperature)
         scores = x + arithmetic.gumbel(seed, stream, len(text), len(x))
         if sampling.top_k or sampling.top_p < 1 or sampling.min_p > 0:
             scores = np.where(arithmetic.kept(x, sampling.top_k, sampling.top_p, sampling.min_p), scores, -INF)
@@ -334,10 +341,13 @@ class Twin:
         return (x + y) + self._mlp(layer, self._norm(f"{name}.mlp_norm", x), watch)
 
     def _norm(self, name: str, x: np.ndarray) -> np.ndarray:
-        scale, eps = self.vectors[f"{name}.scale"][0], self.constants.norm_eps
-        if NORMS[self.constants.norm] == "rmsnorm":
-            return arithmetic.rmsnorm(x, scale, eps)
-        return arithmetic.layernorm(x, scale, self.vectors[f"{name}.bias"][0], eps)
+        """An RMSNorm, with a bias a layernorm, and x itself where the file has no such norm."""
+        scale, bias = (self.vectors.get(f"{name}.{part}") for part in ("scale", "bias"))
+        if scale is None:
+            return x
+        if bias is None:
+            return arithmetic.rmsnorm(x, scale[0], self.constants.norm_eps)
+        return arithmetic.layernorm(x, scale[0], bias[0], self.constants.norm_eps)
 
     def _mlp(self, layer: int, x: np.ndarray, watch: Watch | None) -> np.ndarray:
         name, kind = f"blocks.{layer}.mlp", MLPS[self.constants.mlp]

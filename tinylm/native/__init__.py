@@ -13,6 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+VERSION = 2  # of the interface, TLM_VERSION
 ERROR_BYTES = 512
 OK, ARGUMENT, FILE, MEMORY, NUMBERS, CANCELLED = range(6)  # status codes
 GOES_ON, END_TOKEN, MOST = range(3)  # why a text ended
@@ -20,7 +21,7 @@ FEATURES, OUTPUT = range(2)
 
 HOW = (
     "install a wheel of tinylm (`pip install --only-binary tinylm tinylm`), or install from source where there is "
-    "a C++ compiler"
+    "a C++ compiler (g++ 11, clang 14, or a later one)"
 )
 
 
@@ -91,11 +92,13 @@ class Counts(c.Structure):
 _void, _int, _u64 = c.c_void_p, c.c_int32, c.c_uint64
 _ints = c.POINTER(c.c_int32)
 SIGNATURES = {  # name -> result, arguments
+    "tlm_version": (_int,),
     "tlm_open": (c.c_int, c.c_char_p, c.POINTER(Options), c.POINTER(_void), c.c_char_p),
     "tlm_close": (None, _void),
     "tlm_info": (None, _void, c.POINTER(Facts)),
     "tlm_tensor_find": (c.c_int, _void, c.c_char_p, c.POINTER(Tensor)),
     "tlm_tensor_at": (c.c_int, _void, _int, c.POINTER(Tensor)),
+    "tlm_encode": (c.c_int, _void, c.c_char_p, _u64, _ints, c.POINTER(c.c_int64), c.c_char_p),
     "tlm_session_new": (c.c_int, _void, _int, _int, c.POINTER(_void), c.c_char_p),
     "tlm_session_free": (None, _void),
     "tlm_session_threads": (_int, _void),
@@ -110,6 +113,7 @@ SIGNATURES = {  # name -> result, arguments
     "tlm_draft_data": (None, _void, c.POINTER(_void), c.POINTER(_u64)),
     "tlm_draft_free": (None, _void),
     "tlm_session_draft": (c.c_int, _void, _void, c.c_char_p),
+    "tlm_session_draft_model": (c.c_int, _void, _void, c.c_char_p),
     "tlm_forward": (c.c_int, _void, _int, _ints, _ints, _ints, _int, _void, _void, c.c_char_p),
     "tlm_score": (c.c_int, _void, _ints, c.c_int64, c.POINTER(c.c_double), _void, c.c_char_p),
     "tlm_crc32c": (c.c_uint32, c.c_char_p, _u64),
@@ -121,10 +125,12 @@ _loaded: c.CDLL | NativeMissing | None = None
 def find() -> str | None:
     """Path of the library, or None: beside this file, or where an installer put it (an editable install's build)."""
     name = "_tinylm.pyd" if sys.platform == "win32" else "_tinylm.so"
-    # Not pathlib: importing it takes as long as a token of a small model takes to make.
-    beside = os.path.join(os.path.dirname(os.path.abspath(__file__)), name)
-    if os.path.exists(beside):
-        return beside
+    # Not pathlib: importing it takes as long as a token of a small model takes to make. Nor `find_spec` where looking
+    # does: it imports more.
+    for folder in (os.path.dirname(os.path.abspath(__file__)), *__path__):
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            return path
     import importlib.util
 
     spec = importlib.util.find_spec("tinylm.native._tinylm")
@@ -141,6 +147,10 @@ def library() -> c.CDLL:
                 raise NativeMissing(f"tinylm's native engine is not installed: {HOW}")
             try:
                 loaded = c.CDLL(path)
+                version = loaded.tlm_version() if hasattr(loaded, "tlm_version") else 1
+                if version != VERSION:
+                    old = f"{path} has version {version} of the interface, and this tinylm needs {VERSION}"
+                    raise NativeMissing(f"tinylm's native engine is of another build: {old}; {HOW}")
                 for symbol, (result, *arguments) in SIGNATURES.items():
                     function = getattr(loaded, symbol)
                     function.restype, function.argtypes = result, arguments

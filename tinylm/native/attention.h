@@ -18,6 +18,13 @@ template <int Q> INLINE Blocks blocks_of(const Query* q) {
     return {low / 16, (high + 15) / 16};
 }
 
+// Work on blocks `block` to `last - 1`, N together while there are so many, then half as many: sums side by side hide
+// the time that each takes.
+template <int N, class Work> INLINE void together(int block, int last, Work work) {
+    for (; last - block >= N; block += N) work(std::integral_constant<int, N>(), block);
+    if constexpr (N > 1) together<N / 2>(block, last, work);
+}
+
 INLINE bool inside(const Query& q, int block) { return q.low <= block * 16 && block * 16 + 16 <= q.high; }
 
 // The lanes of a block that a query sees.
@@ -116,9 +123,9 @@ void attend_float_to(const FloatCache& c, int width, const Query* q, float facto
     for (int j = 0; j < Q; j++) {
         for (int d = 0; d < width; d += 16) store(x[j] + d, load(q[j].x + d, width - d) * all(factor));
     }
-    int block = blocks.first;
-    for (; blocks.last - block >= B; block += B) float_scores<B, Q>(c.keys, width, x, block, scratch, stride);
-    for (; block < blocks.last; block++) float_scores<1, Q>(c.keys, width, x, block, scratch, stride);
+    together<B>(blocks.first, blocks.last, [&](auto n, int block) {
+        float_scores<n, Q>(c.keys, width, x, block, scratch, stride);
+    });
     float inverse[Q];
     for (int j = 0; j < Q; j++) {
         inverse[j] = 1.0f / softmax(q[j], blocks, scratch + j * stride, [](int, F p) { return p; });
@@ -199,11 +206,9 @@ void attend_int8_to(const Int8Cache& c, int width, const Query* q, float factor,
     int32_t sums[Q];
     float factors[Q];
     for (int j = 0; j < Q; j++) factors[j] = quantize(q[j].x, width, width, 0, x[j], &sums[j]) * factor;
-    int block = blocks.first;
-    for (; blocks.last - block >= B; block += B) {
-        int8_scores<B, Q>(c, width, x[0], sums, factors, block, scratch, stride);
-    }
-    for (; block < blocks.last; block++) int8_scores<1, Q>(c, width, x[0], sums, factors, block, scratch, stride);
+    together<B>(blocks.first, blocks.last, [&](auto n, int block) {
+        int8_scores<n, Q>(c, width, x[0], sums, factors, block, scratch, stride);
+    });
     // The codes take the place of the scores, at half their size: writing never overtakes reading.
     int16_t* codes = reinterpret_cast<int16_t*>(scratch);
     for (int j = 0; j < Q; j++) {

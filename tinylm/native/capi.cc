@@ -79,6 +79,8 @@ void describe(const Tensor& from, tlm_tensor* tensor) {
 
 }  // namespace
 
+int32_t tlm_version(void) { return TLM_VERSION; }
+
 int tlm_open(const char* path, const tlm_options* options, tlm_model** model, char* error) {
     return guarded(error, [&] {
         require(path && model, "a path and a place for the model are needed");
@@ -121,6 +123,16 @@ int tlm_tensor_at(const tlm_model* model, int32_t number, tlm_tensor* tensor) {
     if (number < 0 || static_cast<size_t>(number) >= tensors.size()) return 0;
     describe(tensors[number], tensor);
     return 1;
+}
+
+int tlm_encode(const tlm_model* model, const char* text, uint64_t bytes, int32_t* ids, int64_t* count, char* error) {
+    return guarded(error, [&] {
+        const auto& encoder = model->model.encoder;
+        std::vector<int32_t> found;
+        const bool known = encoder && encoder->encode({text, static_cast<size_t>(bytes)}, found);
+        *count = known ? static_cast<int64_t>(found.size()) : -1;
+        std::copy(found.begin(), found.end(), ids);
+    });
 }
 
 int tlm_session_new(const tlm_model* model, int32_t sequences, int32_t threads, tlm_session** session, char* error) {
@@ -194,7 +206,14 @@ void tlm_draft_data(const tlm_draft* draft, const void** data, uint64_t* bytes) 
 void tlm_draft_free(tlm_draft* draft) { delete draft; }
 
 int tlm_session_draft(tlm_session* session, const tlm_draft* draft, char* error) {
-    return guarded(error, [&] { session->generation.use(draft ? &draft->draft : nullptr); });
+    return guarded(error, [&] { session->generation.use(draft ? &draft->draft : static_cast<const Draft*>(nullptr)); });
+}
+
+int tlm_session_draft_model(tlm_session* session, const tlm_model* model, char* error) {
+    return guarded(error, [&] {
+        if (model) check_decoder(model->model);
+        session->generation.use(model ? &model->model : nullptr);
+    });
 }
 
 int tlm_forward(tlm_session* session, int32_t texts, const int32_t* lengths, const int32_t* tokens,

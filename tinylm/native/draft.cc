@@ -18,6 +18,7 @@ constexpr int TRIES = 32;  // slots after a context's own in which it may lie
 constexpr int LOOKUP_SLOTS = 1 << 12;
 constexpr int LOOKUP_TOKENS[Lookup::ORDERS] = {2, 4};
 constexpr float PRIOR[Lookup::ORDERS] = {0.35f, 0.7f};
+constexpr float PRIOR_OF_MODEL = 0.7f;
 
 uint64_t hash(const int32_t* tokens, int count) {
     uint64_t h = static_cast<uint64_t>(count);
@@ -161,11 +162,12 @@ int Lookup::next(const std::vector<int32_t>& text, int* order) const {
 Pace::Pace() {
     for (int kind = 0; kind < KINDS; kind++)
         chances_[kind] =
-            kind < Lookup::ORDERS ? PRIOR[kind] : (kind - Lookup::ORDERS + 0.5f) / (KINDS - Lookup::ORDERS);
+            kind < Lookup::ORDERS ? PRIOR[kind] : (kind - Lookup::ORDERS + 0.5f) / (MODEL - Lookup::ORDERS);
+    chances_[MODEL] = PRIOR_OF_MODEL;
 }
 
 int Pace::kind_of_chance(float chance) {
-    constexpr int buckets = KINDS - Lookup::ORDERS;
+    constexpr int buckets = MODEL - Lookup::ORDERS;
     return Lookup::ORDERS + std::min(buckets - 1, static_cast<int>(chance * buckets));
 }
 
@@ -176,13 +178,23 @@ void Pace::passed(int drafted, int tokens, double seconds) {
     if (drafted == 0) {
         follow(pass_, seconds);
         if (row_ == 0) row_ = 0.05 * pass_;
-        row_ *= 0.99;  // a row that once seemed dear is tried again some time
+        row_ *= 0.99, draft_ *= 0.99;  // what once seemed dear is tried again some time
     } else if (pass_ > 0) {
         follow(row_, std::clamp((seconds - pass_) / drafted, 0.01 * pass_, pass_));
     }
     follow(rate_, tokens / seconds);
 }
 
+void Pace::asked(int tokens, double seconds) {
+    draft_ = draft_ == 0 ? seconds / tokens : draft_ + (seconds / tokens - draft_) / 16;
+}
+
 bool Pace::pays(float chance) const { return pass_ > 0 && chance > row_ * rate_; }
+
+int Pace::worth(float chance, int most) const {
+    int count = 0;
+    while (count < most && pass_ > 0 && (chance *= chances_[MODEL]) > (row_ + draft_) * rate_) count++;
+    return count;
+}
 
 }  // namespace tinylm

@@ -2,7 +2,7 @@
 // text.
 //
 // Two sources: what followed the same tokens earlier in this text (prompt lookup), and a table of what mostly follows
-// two to four tokens in a corpus.
+// two to four tokens in a corpus. Where neither knows anything, a smaller model may be asked (generation.cc).
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -57,20 +57,23 @@ private:
 // What the tokens drafted so far say about how many more pay: chances by kind of guess, and the cost of a row.
 class Pace {
 public:
-    static constexpr int KINDS = 16;
+    static constexpr int MODEL = 16, KINDS = 17;  // MODEL: a smaller model's guess
     static int kind_of_lookup(int order) { return order; }
     static int kind_of_chance(float chance);
 
     float chance(int kind) const { return chances_[kind]; }
     void checked(int kind, bool right);                    // one drafted token was compared
     void passed(int drafted, int tokens, double seconds);  // one pass gave `tokens`
+    void asked(int tokens, double seconds);                // a smaller model made so many drafts
     bool pays(float chance) const;                         // would one more row, right with this chance, save time?
+    int worth(float chance, int most) const;               // drafts of a smaller model that do, after this chance
 
     Pace();
 
 private:
     float chances_[KINDS];
     double pass_ = 0, row_ = 0, rate_ = 0;  // seconds of a pass without drafts, of one drafted row; tokens per second
+    double draft_ = 0;  // seconds that a smaller model needs for a token
 };
 
 }  // namespace tinylm

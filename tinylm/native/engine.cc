@@ -87,6 +87,7 @@ private:
         const Matrix& matrix;
         float* out;
         int out_stride;
+        NormWeights norm{};  // of the input
     };
 
     void embed() {
@@ -131,11 +132,13 @@ private:
     // out = o(attention(q(x), k(x), v(x))), this thread's columns of it.
     void attention(const Layer& layer, int number, const float* x, float* out) {
         project(x, s.width_, rows,
-                {{layer.q, s.q_.data(), s.queries_}, {layer.k, s.k_.data(), s.keys_}, {layer.v, s.v_.data(), s.keys_}});
+                {{layer.q, s.q_.data(), s.queries_, layer.q.norm},
+                 {layer.k, s.k_.data(), s.keys_, layer.k.norm},
+                 {layer.v, s.v_.data(), s.keys_, layer.v.norm}});
         barrier();
         attend(layer, number);
         barrier();
-        project(s.attended_.data(), s.queries_, rows, {{layer.o, out, s.width_}});
+        project(s.attended_.data(), s.queries_, rows, {{layer.o, out, s.width_, layer.o.norm}});
     }
 
     // out = down(activation(gate(x)) * up(x)) or down(activation(up(x))), this thread's columns of it.
@@ -143,9 +146,10 @@ private:
         float *gate = s.gate_.data(), *up = s.up_.data();
         const int kind = static_cast<int>(c.mlp), stride = s.hidden_;
         if (s.model.gated)
-            project(x, s.width_, rows, {{layer.gate, gate, stride}, {layer.up, up, stride}});
+            project(x, s.width_, rows,
+                    {{layer.gate, gate, stride, layer.gate.norm}, {layer.up, up, stride, layer.up.norm}});
         else
-            project(x, s.width_, rows, {{layer.up, up, stride}});
+            project(x, s.width_, rows, {{layer.up, up, stride, layer.up.norm}});
         const auto [first, last] = columns(stride);
         for (size_t at = first, r = 0; first < last && r < size_t(rows); r++, at += stride) {
             if (s.model.gated)
@@ -154,7 +158,7 @@ private:
                 kernels.activate(kind, up + at, last - first);
         }
         barrier();
-        project(up, stride, rows, {{layer.down, out, s.width_}});
+        project(up, stride, rows, {{layer.down, out, s.width_, layer.down.norm}});
     }
 
     // x += y, and everyone may read it.
@@ -247,11 +251,12 @@ private:
 
     // ---- norms and matrices
 
-    void norm(const NormWeights& weights, const float* x, float* y) {
-        if (c.norm == Norm::rmsnorm)
-            kernels.rmsnorm(x, weights.scale, c.width, c.norm_eps, y);
+    void norm(const NormWeights& weights, const float* x, float* y) { norm(weights, c.width, x, y); }
+    void norm(const NormWeights& weights, int width, const float* x, float* y) {
+        if (weights.bias)
+            kernels.layernorm(x, weights.scale, weights.bias, width, c.norm_eps, y);
         else
-            kernels.layernorm(x, weights.scale, weights.bias, c.width, c.norm_eps, y);
+            kernels.rmsnorm(x, weights.scale, width, c.norm_eps, y);
     }
 
     void norm_in_place(const NormWeights& weights) {
@@ -259,8 +264,9 @@ private:
         barrier();
     }
 
-    // Norm of the residual stream, on its way into `project`.
+    // Norm of the residual stream, or the stream itself where there is none, on its way into `project`.
     const float* normed(const NormWeights& weights) {
+        if (!weights.scale) return s.x_.data();
         float* y = s.stage(rows, id).floats.data();
         each_staged(rows, [&](int r) { norm(weights, x_row(r), y + size_t(r) * s.width_); });
         return y;
@@ -269,31 +275,42 @@ private:
     // out = matrix x for several matrices, this thread's panels of each. `x` is the same for all threads, or staged by
     // this one.
     void project(const float* x, int stride, int n, std::initializer_list<Product> products) {
-        const Matrix* before = nullptr;
+        const Product* before = nullptr;
         Activations rounded{};
         for (const Product& product : products) {
             const Matrix& m = product.matrix;
-            const bool again = !before || m.input != before->input ||
-                               (before->kind == Kind::panel_float) != (m.kind == Kind::panel_float);
+            const bool again = !before || !rounds_alike(product, *before);
             if (before && again && !staged_alone(n)) barrier();
-            if (again) rounded = round(x, stride, n, m);
-            before = &m;
+            if (again) rounded = round(x, stride, n, m, product.norm);
+            before = &product;
             const auto [first, last] = Threads::share(m.panels, id, count);
             if (first < last) kernels.linear(m, first, last, rounded, product.out, product.out_stride);
         }
     }
 
-    // The rows as int8 codes for matrix m. A few rows are rounded by every thread for itself: sooner than waiting.
-    Activations round(const float* x, int stride, int n, const Matrix& m) {
+    static bool rounds_alike(const Product& a, const Product& b) {
+        return a.matrix.input == b.matrix.input && a.norm.scale == b.norm.scale && a.norm.bias == b.norm.bias &&
+               (a.matrix.kind == Kind::panel_float) == (b.matrix.kind == Kind::panel_float);
+    }
+
+    // The rows as int8 codes for matrix m, after its own norm if it has one. A few rows are rounded by every thread for
+    // itself: sooner than waiting.
+    Activations round(const float* x, int stride, int n, const Matrix& m, const NormWeights& own = {}) {
         Session::Stage& stage = s.stage(n, id);
-        if (m.kind != Kind::panel_float)
-            each_staged(n, [&](int r) {
-                const size_t at = size_t(r) * stride;
+        const float* from = own.scale ? stage.normed.data() : x;
+        each_staged(n, [&](int r) {
+            const size_t at = size_t(r) * stride;
+            if (own.scale) {
+                float* y = stage.normed.data() + at;
+                norm(own, m.columns, x + at, y);
+                std::fill(y + m.columns, y + m.padded, 0.0f);
+            }
+            if (m.kind != Kind::panel_float)
                 stage.scales[r] =
-                    kernels.quantize(x + at, m.columns, m.padded, m.input, stage.codes.data() + at, &stage.sums[r]);
-            });
+                    kernels.quantize(from + at, m.columns, m.padded, m.input, stage.codes.data() + at, &stage.sums[r]);
+        });
         if (!staged_alone(n)) barrier();
-        return {n, stride, stage.codes.data(), stage.scales.data(), stage.sums.data(), x};
+        return {n, stride, stage.codes.data(), stage.scales.data(), stage.sums.data(), from};
     }
 
     // ---- head
@@ -372,7 +389,7 @@ Session::Session(const Model& model, int sequences, int threads)
       turn_stride_(static_cast<int>(round_up(model.constants.rotary / 2, LANES))) {
     make_sequences(sequences);
     for (int i = 0; i < this->threads.count(); i++) {
-        own_.emplace_back(ALONE, width_, widest_);
+        own_.emplace_back(ALONE, width_, widest_, model.own_norms);
         scratch_.emplace_back();
     }
 }
@@ -448,7 +465,7 @@ void Session::make_room(int rows) {
     k_ = Buffer<float>(n * keys_), v_ = Buffer<float>(n * keys_);
     up_ = Buffer<float>(n * hidden_);
     if (model.gated) gate_ = Buffer<float>(n * hidden_);
-    if (rows > ALONE) shared_ = Stage(n, width_, widest_);
+    if (rows > ALONE) shared_ = Stage(n, width_, widest_, model.own_norms);
     room_ = rows;
 }
 

@@ -60,10 +60,17 @@ private:
         Buffer<int8_t> codes;  // [rows][widest]
         Buffer<float> scales;  // [rows]
         Buffer<int32_t> sums;
+        Buffer<float> normed;  // [rows][widest]: floats after a matrix's own norm; empty where none has one
         Stage() = default;
-        Stage(size_t rows, size_t width, size_t widest)
-            : floats(rows * width), codes(rows * widest), scales(rows), sums(rows) {}
-        size_t bytes() const { return floats.bytes() + codes.bytes() + scales.bytes() + sums.bytes(); }
+        Stage(size_t rows, size_t width, size_t widest, bool own_norms)
+            : floats(rows * width),
+              codes(rows * widest),
+              scales(rows),
+              sums(rows),
+              normed(own_norms ? rows * widest : 0) {}
+        size_t bytes() const {
+            return floats.bytes() + codes.bytes() + scales.bytes() + sums.bytes() + normed.bytes();
+        }
     };
     struct Scratch {
         std::vector<Query> queries;

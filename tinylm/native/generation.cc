@@ -28,6 +28,17 @@ void Generation::use(const Draft* draft) {
     draft_ = draft;
 }
 
+void Generation::use(const Model* smaller) {
+    smaller_.reset();
+    if (!smaller) return;
+    const Tensor *pieces = model_.file.find("pieces"), *others = smaller->file.find("pieces");
+    const bool alike = smaller->constants.known == model_.constants.known && !pieces == !others &&
+                       (!pieces || std::equal(pieces->data, pieces->data + pieces->bytes, others->data,
+                                              others->data + others->bytes));
+    if (!alike) fail(TLM_ARGUMENT, "the model for drafts has other tokens: take one with the same tokenizer");
+    smaller_ = std::make_unique<Generation>(*smaller, 1, 1);  // small enough for one thread, and none that spins
+}
+
 void Generation::forget() {
     for (Text& text : texts_) text.cached.clear();
 }
@@ -149,6 +160,10 @@ int Generation::draft(Text& text, int most) {
             if (guess.token >= 0 && (kind < 0 || pace_.chance(other) > pace_.chance(kind)))
                 token = guess.token, kind = other;
         }
+        if (kind < 0 && smaller_ && texts_.size() == 1) {
+            drafted += ask(text, drafted, pace_.worth(chance, most - drafted));
+            break;
+        }
         if (kind < 0 || !pace_.pays(chance *= pace_.chance(kind)) || token >= model_.constants.known ||
             model_.ends(token))
             break;
@@ -158,6 +173,27 @@ int Generation::draft(Text& text, int most) {
     }
     text.tokens.resize(text.tokens.size() - drafted);
     return drafted;
+}
+
+// Up to `count` tokens of the smaller model, with the text's own settings: a token is chosen with the noise of its
+// place, so that two models that nearly agree choose the same one at any temperature.
+int Generation::ask(Text& text, int drafted, int count) {
+    if (count <= 0) return 0;
+    tlm_settings settings = text.settings;
+    settings.most = count, settings.speculate = 0;
+    int32_t made = 0, ended;
+    const auto begun = std::chrono::steady_clock::now();
+    try {
+        smaller_->start(0, text.tokens.data(), static_cast<int>(text.tokens.size()), settings);
+        smaller_->next(count, 0, text.drafts + drafted, &made, &ended, nullptr);
+    } catch (const Error&) {
+        smaller_.reset();  // its logits are not finite: no reason to end this text
+        return 0;
+    }
+    pace_.asked(made + 1, std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count());
+    std::fill_n(text.kinds + drafted, made, Pace::MODEL);
+    text.tokens.insert(text.tokens.end(), text.drafts + drafted, text.drafts + drafted + made);
+    return made;
 }
 
 // The model's choice after each of the pass's rows. A choice behind a wrong draft is made all the same and dropped.

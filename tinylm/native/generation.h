@@ -23,6 +23,8 @@ public:
     void next(int most, int milliseconds, int32_t* tokens, int32_t* made, int32_t* ended, Cancel cancel);
     void stop(int sequence) { texts_[sequence].ended = TLM_MOST; }
     void use(const Draft* draft);
+    // Where a lone text's drafts run out, this model writes some: a smaller one with the same tokens. Null: none.
+    void use(const Model* smaller);
     int texts() const { return static_cast<int>(texts_.size()); }
     void forget();  // the caches' contents: another pass has used them
 
@@ -48,6 +50,7 @@ private:
     };
 
     int draft(Text& text, int most);
+    int ask(Text& text, int drafted, int count);
     void plan(int most, const int32_t* made);
     void choose();
     int choose(Text& text, int row, int ahead, bool screened, Sampler& sampler);
@@ -59,6 +62,7 @@ private:
     std::vector<Sampler> samplers_;  // one per thread
     const Draft* draft_ = nullptr;
     std::unique_ptr<Draft> own_draft_;  // from the file
+    std::unique_ptr<Generation> smaller_;
     Pace pace_;
     int unscreened_ = 0, patience_ = 1;  // passes until the screened head is tried again, after it was of no use
 

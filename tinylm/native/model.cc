@@ -22,6 +22,12 @@ bool all_scales(const float* x, size_t n) {
 
 bool is_gated(Mlp mlp) { return mlp <= Mlp::reglu; }
 
+// The same numbers in one place: what one norm has made of an input serves every matrix that has it.
+void share(NormWeights& norm, const NormWeights& other, int n) {
+    const auto same = [n](const float* a, const float* b) { return a && b ? std::equal(a, a + n, b) : a == b; };
+    if (same(norm.scale, other.scale) && same(norm.bias, other.bias)) norm = other;
+}
+
 }  // namespace
 
 Model::Model(const char* path, const Options& options)
@@ -47,6 +53,7 @@ Model::Model(const char* path, const Options& options)
     screened = options.screen && decoder() && head.kind == Kind::panel_planes && head.rows >= SCREENED_FROM &&
                !head.bias && !c.softcap;
     for (const char* name : {"tokenizer", "provenance", "pieces", "grams"}) file.find(name);
+    if (const Tensor* merges = file.find("merges")) encoder.emplace(*merges, c.known);
     for (const Tensor& tensor : file.tensors())
         if (!tensor.used) fail(TLM_FILE, "tensor %s: this program does not know what it is for", tensor.name.data());
 }
@@ -173,24 +180,41 @@ const uint8_t* Model::unpacked(const Tensor& tensor) {
     return unpacked_.back().data();
 }
 
+Projection Model::projection(const std::string& name, int rows, int columns) {
+    Projection projection{matrix(name, rows, columns), {}};
+    projection.norm.scale = floats_if_any(name + ".norm.scale", columns);
+    if (projection.norm.scale) projection.norm.bias = floats_if_any(name + ".norm.bias", columns), own_norms = true;
+    return projection;
+}
+
+// The norm in front of attention or an MLP, which may be left out where all that read it have norms of their own.
+NormWeights Model::norm_before(const std::string& name, std::initializer_list<const Projection*> readers) const {
+    const bool all = std::all_of(readers.begin(), readers.end(), [](const Projection* p) { return p->norm.scale; });
+    if (all && constants.block != Block::post && !file.find(name + ".scale")) return {};
+    return norm_weights(name, constants.width);
+}
+
 Layer Model::layer(int number, const int32_t* windows, const int32_t* rotates) {
     const Constants& c = constants;
     const std::string block = "blocks." + std::to_string(number), attn = block + ".attn.", mlp = block + ".mlp.";
     const int queries = c.heads * c.head_width, keys = c.kv_heads * c.head_width;
     Layer layer{};
-    layer.attn_norm = norm_weights(block + ".attn_norm", c.width);
-    layer.mlp_norm = norm_weights(block + ".mlp_norm", c.width);
-    layer.q = matrix(attn + "q", queries, c.width);
-    layer.k = matrix(attn + "k", keys, c.width);
-    layer.v = matrix(attn + "v", keys, c.width);
-    layer.o = matrix(attn + "o", c.width, queries);
+    layer.q = projection(attn + "q", queries, c.width);
+    layer.k = projection(attn + "k", keys, c.width);
+    layer.v = projection(attn + "v", keys, c.width);
+    layer.o = projection(attn + "o", c.width, queries);
+    layer.attn_norm = norm_before(block + ".attn_norm", {&layer.q, &layer.k, &layer.v});
+    share(layer.k.norm, layer.q.norm, c.width);
+    share(layer.v.norm, layer.k.norm, c.width);
     if (c.qk_norm) {
         layer.q_norm = floats(attn + "q_norm.scale", 1, c.head_width);
         layer.k_norm = floats(attn + "k_norm.scale", 1, c.head_width);
     }
-    layer.up = matrix(mlp + "up", c.hidden, c.width);
-    layer.down = matrix(mlp + "down", c.width, c.hidden);
-    if (gated) layer.gate = matrix(mlp + "gate", c.hidden, c.width);
+    layer.up = projection(mlp + "up", c.hidden, c.width);
+    layer.down = projection(mlp + "down", c.width, c.hidden);
+    if (gated) layer.gate = projection(mlp + "gate", c.hidden, c.width);
+    layer.mlp_norm = norm_before(block + ".mlp_norm", {&layer.up, gated ? &layer.gate : &layer.up});
+    if (gated) share(layer.gate.norm, layer.up.norm, c.width);
     layer.window = windows[number];
     layer.rotates = rotates[number] != 0;
     if (layer.rotates && c.rotary == 0) fail(TLM_FILE, "layer %d rotates, and constant rotary = 0", number);

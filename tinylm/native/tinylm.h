@@ -36,6 +36,10 @@ extern "C" {
 
 #define TLM_ERROR_BYTES 512
 
+/* Number of this interface: another one as soon as a function or a struct changes. */
+#define TLM_VERSION 2
+TLM_API int32_t tlm_version(void); /* of the library that was loaded */
+
 enum {
     TLM_OK = 0,
     TLM_ARGUMENT = 1,   /* an argument out of its range, or one this model cannot serve */
@@ -86,6 +90,12 @@ typedef struct {
 /* By name; 1 when there is one, else 0. tlm_tensor_at: by number, in the order of names. */
 TLM_API int tlm_tensor_find(const tlm_model* model, const char* name, tlm_tensor* tensor);
 TLM_API int tlm_tensor_at(const tlm_model* model, int32_t number, tlm_tensor* tensor);
+
+/* Token ids of a text of `bytes` bytes of UTF-8, without the begin token: those that the `tokenizers` library gives
+ * with the file's "tokenizer". `ids` has room for bytes + 1. `count` is how many there are, or -1 where only that
+ * library knows: the file has no tensor "merges", or its rules ask for letters and the text has some that are not Latin. */
+TLM_API int tlm_encode(const tlm_model* model, const char* text, uint64_t bytes, int32_t* ids, int64_t* count,
+                       char* error);
 
 /* ---- sessions ---- */
 
@@ -145,6 +155,10 @@ TLM_API void tlm_draft_data(const tlm_draft* draft, const void** data, uint64_t*
 TLM_API void tlm_draft_free(tlm_draft* draft);
 /* Used by the session from now on, and must outlive it; NULL: none. By default a file's own table ("grams") is. */
 TLM_API int tlm_session_draft(tlm_session* session, const tlm_draft* draft, char* error);
+
+/* Where these know nothing, `model` drafts: a smaller one with the same tokens, which must outlive the session; NULL:
+ * none. Only in sessions of one sequence. */
+TLM_API int tlm_session_draft_model(tlm_session* session, const tlm_model* model, char* error);
 
 /* ---- reading whole texts: logits, features, classes ---- */
 
