@@ -12,7 +12,7 @@ from tinylm.config import ModelConfig, TrainConfig
 from tinylm.evaluation import EvaluationError, evaluate
 from tinylm.generation import generate
 from tinylm.model import Transformer
-from tinylm.suite import PROMPTS, Pair, Scorer, complete, dynamics, evaluate_suite, log_steps, minimal_pairs, rubric
+from tinylm.suite import PROMPTS, Pair, Scorer, complete, dynamics, evaluate_suite, minimal_pairs, rubric
 from tinylm.suite.command import suite_command
 from tinylm.suite.harness import harness
 from tinylm.tokenizer import Tokenizer
@@ -62,22 +62,6 @@ def test_the_rubric_on_a_model():
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("last", "per_decade", "steps"),
-    [
-        (1, 0, (1,)), (8, 0, (1, 2, 4, 8)), (10, 0, (1, 2, 4, 8, 10)), (512, 0, tuple(2**i for i in range(10))),
-        (1000, 3, (1, 2, 5, 10, 22, 46, 100, 215, 464, 1000)), (30, 1, (1, 10, 30)), (7, 20, (1, 2, 3, 4, 5, 6, 7)),
-    ],
-)  # fmt: skip
-def test_steps_spaced_by_logarithm(last, per_decade, steps):
-    assert log_steps(last, per_decade=per_decade) == steps
-
-
-def test_steps_that_cannot_be():
-    with pytest.raises(ValueError, match="last = 0"):
-        log_steps(0)
 
 
 @pytest.fixture

@@ -106,7 +106,7 @@ class Rule(NamedTuple):
 
 def evaluated(params: dict[str, Any], opt: Any) -> dict[str, Any]:
     """The weights to validate, hand out and load: an average of the trained ones, where the optimiser keeps one."""
-    return {**params, **getattr(opt, "average", {})}
+    return {**params, **opt.average} if hasattr(opt, "average") else params
 
 
 def build(recipe: Recipe) -> Rule:

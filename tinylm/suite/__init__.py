@@ -14,7 +14,7 @@ Everything depends on its seed alone. Items, beginnings and choices are frozen a
     variety      self-BLEU and distinct-n                              variety, self_bleu
     memorisation shared runs, ROUGE, new n-grams, with a control       memorisation, overlap, Corpus
     judge        grades from any callable, TinyStories' questions      Judge
-    dynamics     any of these for every checkpoint of a run            dynamics, log_steps
+    dynamics     any of these for every checkpoint of a run            dynamics
     harness      lm-evaluation-harness on a model of the kit           tinylm.suite.harness.harness
 """
 
@@ -31,7 +31,7 @@ from tinylm.evaluation import EvaluationError
 from tinylm.markup import Markup, join
 from tinylm.suite.cloze import Cloze, cloze, read_clozes, story_clozes
 from tinylm.suite.completions import Completion, complete
-from tinylm.suite.dynamics import Dynamics, dynamics, log_steps
+from tinylm.suite.dynamics import Dynamics, dynamics
 from tinylm.suite.judge import Judge, JudgeError
 from tinylm.suite.memorisation import memorisation, overlap
 from tinylm.suite.overlap import Corpus, rouge_l, rouge_n
@@ -48,7 +48,7 @@ from tinylm.world import World
 __all__ = [
     "PARADIGMS", "PROMPTS", "TASKS", "Cloze", "Completion", "Corpus", "Dynamics", "Estimate", "Judge", "JudgeError",
     "Pair", "Prompt", "Report", "Result", "Scorer", "cloze", "complete", "difference", "dynamics", "estimate",
-    "evaluate_suite", "log_steps", "memorisation", "minimal_pairs", "overlap", "read_clozes", "read_pairs", "rouge_l",
+    "evaluate_suite", "memorisation", "minimal_pairs", "overlap", "read_clozes", "read_pairs", "rouge_l",
     "rouge_n", "rubric", "rubric_of", "self_bleu", "story_clozes", "variety", "world_pairs",
 ]  # fmt: skip
 

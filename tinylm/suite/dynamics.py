@@ -1,10 +1,9 @@
-"""How a model came to be: its checkpoints, at steps spaced by logarithm, scored one after the other."""
+"""How a model came to be: its checkpoints, scored one after the other; `TrainConfig.milestones` keeps them."""
 
 from __future__ import annotations
 
 import csv
 import io
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,22 +16,7 @@ from tinylm.run import Run
 from tinylm.store import CheckpointDamaged
 from tinylm.suite.results import Estimate, Result
 
-__all__ = ["Dynamics", "dynamics", "log_steps"]
-
-
-def log_steps(last: int, *, per_decade: int = 0) -> tuple[int, ...]:
-    """Steps evenly spaced by logarithm: 1, 2, 4, 8, ... or so many per factor of ten; `last` is always one.
-
-    `per_decade=3` gives 1, 2, 5, 10, 22, 46, 100, ...; early steps that round to one number come once.
-    """
-    if last < 1 or per_decade < 0:
-        raise ValueError(f"last = {last}, per_decade = {per_decade}: at least 1, and at least 0")
-    if per_decade:
-        count = int(math.log10(last) * per_decade + 1e-9) + 1
-        steps = {round(10 ** (i / per_decade)) for i in range(count)}
-    else:
-        steps = {1 << i for i in range(last.bit_length())}
-    return tuple(sorted(step for step in steps | {last} if step <= last))
+__all__ = ["Dynamics", "dynamics"]
 
 
 @dataclass(frozen=True, eq=False)
