@@ -93,13 +93,14 @@ EVERYTHING = {
     "speculate": ("0", 0),
     "cache": ("int8", "int8"),
     "kernels": ("scalar", "scalar"),
+    "draft": ("small.tlm", "small.tlm"),
 }
 
 
 def test_every_option_reaches_the_engine_both_ways(capsys, monkeypatch):
     words = [word for name, (text, _) in EVERYTHING.items() for word in (f"--{name.replace('_', '-')}", text)]
     values = {name: value for name, (_, value) in EVERYTHING.items()}
-    opening = {name: values[name] for name in ("threads", "cache", "speculate", "kernels")}
+    opening = {name: values[name] for name in ("threads", "cache", "speculate", "kernels", "draft")}
     settings = {name: value for name, value in values.items() if name not in opening}
     assert command.plainly(["s.tlm", *words]) == {"path": "s.tlm", **values}
     for prompt in (["Once"], ["--prompt", "Once"]):

@@ -25,7 +25,10 @@ from tinylm.config import ModelConfig, TrainConfig
 from tinylm.data import Windows
 from tinylm.live import TerminalView, Watch, fit
 from tinylm.model import Transformer
+from tinylm.quantization import Watched
+from tinylm.quantization.spec import QuantizationError
 from tinylm.shards import Tokens
+from tinylm.techniques import edit
 from tinylm.tokenizer import Tokenizer
 from tinylm.weights import named
 
@@ -136,6 +139,35 @@ def test_a_sample_that_fails_changes_no_bit(data, reference, monkeypatch):
     view = Recorder()
     same(fit(*new(data), valid=data, view=view, sample_every=0.01).run(), reference)
     assert "ZeroDivisionError" in view.extras["notes"][0]
+
+
+def test_a_panel_looks_at_the_weights_and_changes_no_bit(data, every_step):
+    def ternary():
+        model, tokens, config = new(data, steps=6)
+        return edit(model, r"blocks\..*\.(up|q)", "ternary"), tokens, config
+
+    view, (model, tokens, config) = Recorder(), ternary()
+    trainer = fit(model, tokens, config, view=view, sample_every=0, watch=Watched).run()
+    plain = trains.train(*ternary())
+    list(plain)
+    assert trainer.losses == plain.losses
+    seen = trainer.watched["watch"]
+    looks = next(iter(seen.history.values()))
+    assert len(looks) == 8
+    assert looks[0].step == 0
+    assert looks[-1].step == 6
+    assert all(0.1 < one.zeros < 0.6 for one in looks)
+    assert "codes at step 6" in view.extras["panel"].text
+    assert "% zero" in show.run_summary(trainer, panel=seen.picture()).html
+
+
+def test_a_panel_that_fails_is_counted_and_one_that_cannot_begin_says_so(data, reference, every_step):
+    view = Recorder()
+    broken = SimpleNamespace(look=lambda: 1 / 0, picture=lambda: None)
+    same(fit(*new(data), valid=data, view=view, sample_every=0, watch=broken).run(), reference)
+    assert "ZeroDivisionError" in view.extras["notes"][0]
+    with pytest.raises(QuantizationError, match="no matrix of this model has codes"):
+        fit(*new(data), watch=Watched).run()
 
 
 def test_models_that_cannot_tell_tell_nothing(data):

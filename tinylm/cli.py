@@ -166,6 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
         option("--cache", choices=["auto", "float32", "int8"], help="keys and values (default as the file says)")
         option("--speculate", type=amount, metavar="N", help="tokens guessed per pass; the text stays the same")
         option("--no-screen", dest="screen", action="store_false", help="compute all of the head for each token")
+        option("--draft", metavar="FILE", help="a smaller .tlm file that guesses; the text stays the same")
         option("--kernels", metavar="NAME", help="avx512, avxvnni, avx2, neon, scalar (default: the fastest here)")
 
     p = command("run", cmd_run, 'tinylm run story.tlm "Once upon a time"')

@@ -55,6 +55,8 @@ class Fit:
         trainer = self._make()
         # What was drawn beside the curves is drawn again when the training goes on.
         options = {**trainer.watched, **{k: v for k, v in self._options.items() if v is not None}}
+        if callable(options.get("watch")):
+            options["watch"] = options["watch"](trainer)
         trainer.watched = options
         view = self._view if self._view is not None else NotebookView(stoppable) if in_notebook() else TerminalView()
         return trainer, Watch(trainer, view, **options)
@@ -99,6 +101,7 @@ def fit(
     baselines: Mapping[str, float] | None = None,
     prompt: str | None = None,
     sample_every: float | None = None,
+    watch: Callable[[Trainer], Panel] | None = None,
     tracker: Any = None,
     view: View | None = None,
 ) -> Fit:
@@ -109,12 +112,16 @@ def fit(
         valid, out, tracker: as in `train`.
         floor, baselines: bits per byte, drawn into the curve: what no model can beat, and what a model should.
         prompt: beginning of the sample (default: none). sample_every: seconds between samples, default 15; 0 is none.
+        watch: what else to draw: a function that is given the trainer and returns a `Panel`, such as
+            `tinylm.quantization.Watched`; it looks at the weights whenever the view is drawn.
         view: default a live picture in a notebook, a line of text elsewhere.
 
     Raises:
         TypeError: a trainer together with what only a new one takes. What `train` raises, once it is awaited or run.
     """
-    options = {"floor": floor, "baselines": baselines, "prompt": prompt, "sample_every": sample_every}
+    options = {
+        "floor": floor, "baselines": baselines, "prompt": prompt, "sample_every": sample_every, "watch": watch,
+    }  # fmt: skip
     if isinstance(model, Trainer):
         given = {"data": data, "config": config, "valid": valid, "out": out, "tracker": tracker}
         extra = [name for name, value in given.items() if value is not None]
@@ -163,6 +170,13 @@ class View(Protocol):
     def close(self, trainer: Trainer, step: Step | None, **extras: Any) -> None: ...
 
 
+class Panel(Protocol):
+    """Something to draw beside the curves of a training."""
+
+    def look(self) -> Any: ...
+    def picture(self) -> Picture: ...
+
+
 class Watch:
     """Decides when a view draws and when the model tells a sample, and keeps their mistakes away from the training.
 
@@ -179,9 +193,10 @@ class Watch:
         baselines: Mapping[str, float] | None = None,
         prompt: str = "",
         sample_every: float = 15.0,
+        watch: Panel | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        self.trainer, self.view, self.clock = trainer, view, clock
+        self.trainer, self.view, self.clock, self.panel = trainer, view, clock, watch
         self.extras: dict[str, Any] = {"floor": floor, "baselines": baselines, "story": None}
         self.errors, self.last_error = 0, None
         self.step: Step | None = None
@@ -204,6 +219,7 @@ class Watch:
             self._guarded(self._tell)
             now = self.clock()
         if now >= self._next_drawing:
+            self._guarded(self._look_beside)
             self._guarded(self.view.draw, self.trainer, step, **self._shown())
             spent = self.clock() - now
             self._next_drawing = now + max(UPDATES, spent / DRAWING)
@@ -214,7 +230,13 @@ class Watch:
         if self.sample_every and self.trainer.outcome == "done":
             self._telling = None
             self._guarded(self._tell_all)
+        self._guarded(self._look_beside)
         self._guarded(self.view.close, self.trainer, self.step, **self._shown())
+
+    def _look_beside(self) -> None:
+        if self.panel is not None:
+            self.panel.look()
+            self.extras["panel"] = self.panel.picture()
 
     def _tell(self) -> None:
         """A few more tokens of the sample; the next ones when this has become `TELLING` of the time."""

@@ -321,6 +321,7 @@ def run_summary(
     floor: float | None = None,
     baselines: Mapping[str, float] | None = None,
     story: Picture | None = None,
+    panel: Picture | None = None,
     notes: Sequence[object] = (),
     step: Any = None,
 ) -> Picture:
@@ -329,7 +330,8 @@ def run_summary(
     Args:
         trainer: from `train`, `resume` or `fit`.
         floor, baselines: bits per byte, drawn where the curves are in that unit.
-        story: shown below, from `sample`. notes: lines at the end. step: newer than the last logged one.
+        panel: shown below the curves. story: shown below that, from `sample`. notes: lines at the end. step: newer than
+            the last logged one.
     """
     c, last = curves(trainer), step or (trainer.history[-1] if trainer.history else None)
     in_bits = c.unit == "bits per byte"
@@ -366,9 +368,9 @@ def run_summary(
         ),
         tag("div", *tiles, style="display:flex;flex-wrap:wrap;gap:6px 40px;margin-bottom:10px"),
         chart(lines, levels, x_label="tokens", y_label=c.unit),
-        None if story is None else tag("div", Markup(story.html), style="margin-top:10px"),
+        *(tag("div", Markup(p.html), style="margin-top:10px") for p in (panel, story) if p is not None),
         *(tag("div", note, style=f"margin-top:6px;{FAINT}") for note in notes),
     )  # fmt: skip
     text = f"{state} · {line} · " + " · ".join(f"{v} {what}" for v, what in figures)
-    below = [] if story is None else [textwrap.indent(story.text, "  ")]
+    below = [textwrap.indent(p.text, "  ") for p in (panel, story) if p is not None]
     return Picture(html_, "\n".join([visible(text), *below, *map(visible, notes)]))

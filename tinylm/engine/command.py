@@ -29,8 +29,9 @@ PLAIN = {
     "speculate": int,
     "cache": str,
     "kernels": str,
+    "draft": str,
 }
-OPENING = ("threads", "cache", "screen", "speculate", "kernels")  # arguments of `Engine`; the others are `stream`'s
+OPENING = ("threads", "cache", "screen", "speculate", "kernels", "draft")  # of `Engine`; the others are `stream`'s
 
 
 def say(text: str = "") -> None:
