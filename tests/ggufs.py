@@ -131,7 +131,8 @@ def like_llama_cpp(monkeypatch):
 
         monkeypatch.setattr(parts.Linear, "rounds", property(lambda self: id(self) not in heads), raising=False)
         monkeypatch.setattr(parts.Linear, "__call__", linear)
-        monkeypatch.setattr(model.TiedHead, "__call__", lambda self, x, table: head(x) @ table.T)
+        monkeypatch.setattr(model, "fan", lambda x, *maps: tuple(m(x) for m in maps))
+        monkeypatch.setattr(model.TiedHead, "__call__", lambda self, x, table, *_: head(x) @ table.T)
 
     heads = set()
 
