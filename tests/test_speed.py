@@ -6,7 +6,8 @@ import pytest
 import tinylm
 from tinylm.config import ModelConfig, TrainConfig
 from tinylm.data import Batch
-from tinylm.speed import PEAK, Usage, memory, usage, utilisation
+from tinylm.engine import measuring
+from tinylm.speed import PEAK, Usage, measure, memory, usage, utilisation
 
 CONFIG = ModelConfig(vocab=32, context=8, width=16, layers=2, heads=2, hidden=24)
 
@@ -78,3 +79,26 @@ def test_of_a_real_run():
     for _ in trainer:
         pass
     assert usage(trainer).tokens_per_second > 0
+
+
+def test_a_size_can_be_measured():
+    found = measure(CONFIG, TrainConfig(steps=1000, batch=2, log_every=1), seconds=0.05)
+    assert found.tokens_per_second > 0
+    assert found.flops > 0
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_a_file_can_be_measured(kind, tmp_path):
+    more = {"kind": "encoder", "head": "none"} if kind == "encoder" else {}
+    path = tinylm.export(tinylm.Transformer(CONFIG.replace(**more)), tmp_path / "m.tlm").path
+    one, two = measuring.measure(path, threads=[1, 2], seconds=0.01)
+    assert (one.threads, two.threads) == (1, 2)
+    assert one.read > 0
+    if kind == "decoder":
+        assert min(one.write, one.guess, one.together, one.first) > 0
+    else:
+        assert one[1:4] == (None, None, None)
+    rows = measuring.table(path, [one, two])
+    assert {len(row) for row in rows} == {6}
+    with pytest.raises(ValueError, match="seconds = 0"):
+        measuring.measure(path, seconds=0)

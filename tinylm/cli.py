@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn, get_args
 
 from tinylm.commands import (
+    cmd_bench,
     cmd_convert,
     cmd_evaluate,
     cmd_export,
@@ -188,6 +189,15 @@ def build_parser() -> argparse.ArgumentParser:
     option("--tokens", type=amount, metavar="N", help="the largest max_tokens (default 4096)")
     option("--seconds", type=duration, metavar="TIME", help="the longest request (default 2m)")
     option("--running", type=amount, metavar="N", help="requests that generate at the same time (default 2)")
+
+    p = command("bench", cmd_bench, "tinylm bench train --preset 1M --batch 8; tinylm bench engine story.tlm")
+    p.add_argument("what", choices=["train", "engine"], metavar="train|engine", help="what is to be measured")
+    p.add_argument("file", nargs="?", metavar="FILE", help="of the engine: a .tlm file")
+    p.add_argument("--seconds", type=duration, default=5.0, metavar="TIME", help="for each figure (default 5s)")
+    p.add_argument("--threads", type=amount, action="append", metavar="N", help="of the engine; may be given again")
+    p.add_argument("--preset", default="1M", metavar="NAME", help="a size, or a name of `tinylm sizes` (default 1M)")
+    add_options(p, TrainConfig, "training", skip=["steps", "tokens", "budget"])
+    add_options(p, ModelConfig, "model: changes to the preset")
 
     p = command("sizes", cmd_sizes, "tinylm sizes --preset 1M --vocab 2048")
     p.add_argument("--preset", action="append", metavar="NAME", help="only this one, in detail; may be given again")

@@ -263,6 +263,28 @@ def cmd_serve(args: argparse.Namespace) -> None:
     serve(server)
 
 
+def cmd_bench(args: argparse.Namespace) -> None:
+    """How fast this machine trains a size (`bench train`), or runs an exported file (`bench engine FILE`)."""
+    if args.what == "engine":
+        from tinylm.engine.measuring import measure, table
+
+        if args.file is None:
+            raise ConfigError("bench engine: which file? `tinylm export DIR story.tlm` makes one")
+        speeds = measure(args.file, threads=args.threads or (), seconds=args.seconds)
+        report(
+            args, {"file": args.file, "speeds": [one._asdict() for one in speeds]}, columns(table(args.file, speeds))
+        )
+        return
+    from tinylm.presets import preset
+    from tinylm.speed import measure as train_for
+
+    if args.file is not None:
+        raise ConfigError(f"bench train takes no file, got {args.file!r}: name a size with --preset")
+    config = TrainConfig.from_dict({"steps": 10**9, "log_every": 5, **chosen(args, TrainConfig)})
+    used = train_for(preset(args.preset, **chosen(args, ModelConfig)), config, args.seconds)
+    report(args, used.to_dict(), str(used))
+
+
 def opening_of(args: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `Engine` that were given."""
     return {name: getattr(args, name) for name in OPENING if hasattr(args, name)}

@@ -7,8 +7,13 @@ import sys
 from typing import Any
 
 import jax
+import numpy as np
 
+from tinylm.config import ModelConfig, TrainConfig
+from tinylm.model import Transformer
 from tinylm.presets import size
+from tinylm.shards import Tokens
+from tinylm.training import Trainer
 
 TRAINING = 3  # the backward pass does every product twice more (Kaplan et al. 2020)
 # Dense bfloat16 operations per second, from the makers' data sheets; the first name that is found counts.
@@ -69,6 +74,23 @@ def usage(trainer: Any) -> Usage:
     return Usage(
         device.device_kind, count, speed, flops, utilisation(device.device_kind, flops / count), memory(device)
     )
+
+
+def measure(model: ModelConfig, train: TrainConfig, seconds: float = 10.0) -> Usage:
+    """Train a new model on tokens drawn at random for about `seconds`, compilation aside; what it cost.
+
+    Raises ConfigError for what `training.train` refuses.
+    """
+    length = train.length or model.context
+    ids = np.random.default_rng(0).integers(0, model.vocab, 64 * (length + 1) * train.batch)
+    tokens = Tokens.from_array(ids, vocab=model.vocab, end=0)
+    trainer = Trainer(Transformer(model), tokens, train)
+    begun = None
+    for step in trainer:
+        begun = step.seconds if begun is None else begun
+        if step.seconds - begun >= seconds:
+            break
+    return usage(trainer)
 
 
 def utilisation(kind: str, flops: float) -> float | None:

@@ -22,13 +22,20 @@ def initialize(model: nnx.Module, rngs: nnx.Rngs, std: float) -> None:
 
     That is BERT's and GPT-2's table. Two others learned more slowly at these sizes (notebooks/LAB.md, 2026-11-21):
     1 / sqrt(inputs) with block outputs at zero, and normal(0.05).
-    Each value depends on the seed and its own name alone, so a part added elsewhere changes nothing here.
+    Each value depends on the seed and its own name alone, so a part added elsewhere changes nothing here. NumPy draws
+    them: nothing is compiled, and they are the same on every device. Under a trace (`nnx.eval_shape`) only shapes
+    matter: there they are NaN.
     """
     key, values = rngs.params(), named(model)
+    traced = isinstance(key, jax.core.Tracer)
+    words = [] if traced else jax.random.key_data(key).tolist()
     for name, old in values.items():
         if name.rpartition(".")[2] in ("kernel", "table"):  # norms and biases are made as they start
-            own = jax.random.fold_in(key, zlib.crc32(name.encode()))
-            values[name] = std * jax.random.normal(own, old.shape, old.dtype)
+            if traced:
+                values[name] = jnp.full(old.shape, jnp.nan, old.dtype)
+                continue
+            own = np.random.Generator(np.random.Philox(np.random.SeedSequence([*words, zlib.crc32(name.encode())])))
+            values[name] = np.float32(std) * own.standard_normal(old.shape, np.float32)
     assign(model, values)
 
 
@@ -79,6 +86,9 @@ def assign(model: nnx.Module, values: Mapping[str, Any]) -> None:
     ]
     if wrong:
         raise ValueError(f"these weights are not this model's: {'; '.join(sorted(wrong)[:10])} ({len(wrong)} in all)")
-    nnx.update(
-        model, nnx.from_flat_state([(path, leaf.replace(jnp.asarray(values[n]))) for n, (path, leaf) in flat.items()])
-    )
+    nnx.update(model, nnx.from_flat_state([(path, leaf.replace(_own(values[n]))) for n, (path, leaf) in flat.items()]))
+
+
+def _own(x: Any) -> jax.Array:
+    """An array on the device that nobody else writes to; unlike `jnp.asarray` this compiles nothing."""
+    return x if isinstance(x, jax.Array) else jax.device_put(np.array(x))
