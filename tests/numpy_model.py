@@ -79,19 +79,71 @@ class NumpyModel:
             return self.linear(f"{name}.down", act(self.linear(f"{name}.gate", x)) * self.linear(f"{name}.up", x))
         return self.linear(f"{name}.down", act(self.linear(f"{name}.up", x)))
 
+    def row(self, name, ids):
+        """Rows of a table, expanded by its matrix where it is a factored one."""
+        x = self.p[f"{name}.table"][np.asarray(ids)]
+        return x @ self.p[f"{name}.expand.kernel"] if self.c.embed_rank else x
+
+    def front(self, x):
+        """(T, D) as an image; convolutions written out, batch norm by the population, GELU."""
+        x = x[..., None]
+        for i in range(self.c.convs + 1):
+            kernel, norm = self.p[f"front.convs.{i}.kernel"], f"front.batch.{i}"
+            a, b = kernel.shape[:2]
+            wide = np.pad(x, (((a - 1) // 2, a // 2), ((b - 1) // 2, b // 2), (0, 0)))
+            cells = ((u, v) for u in range(a) for v in range(b))
+            y = sum(wide[u : u + x.shape[0], v : v + x.shape[1]] @ kernel[u, v] for u, v in cells)
+            y = y + self.p[f"front.convs.{i}.bias"]
+            y = (y - self.p[f"{norm}.mean"]) / np.sqrt(self.p[f"{norm}.var"] + 1e-5)
+            x = ACTIVATION["gelu"](y * self.p[f"{norm}.scale"] + self.p[f"{norm}.bias"])
+        return x[..., 0]
+
+    def embbert(self, b, x, segments):
+        """exp(q1 k1) attention - exp(q2 k2) convolution of the normed input (EmbBERT-Q, 2502.10001)."""
+        x = self.norm(f"{b}.attn_norm", x)
+        q1, k1, q2, k2 = self.p[f"{b}.mix.table"]
+        scores = self.linear(f"{b}.attn.q", x) @ x.T / np.sqrt(x.shape[1])
+        if segments is not None:
+            scores = np.where(np.asarray(segments)[:, None] == np.asarray(segments)[None], scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        attended = self.linear(f"{b}.attn.o", weights / weights.sum(-1, keepdims=True) @ x)
+        kernel, y = self.p[f"{b}.conv.kernel"], np.zeros((len(x), self.c.hidden))
+        for t in range(len(x)):
+            for c in range(self.c.hidden):
+                source = x[:, c // (self.c.hidden // self.c.width)]
+                y[t, c] = sum(kernel[j, c] * source[t - j] for j in range(min(len(kernel), t + 1)))
+        y = y + self.p[f"{b}.conv.bias"]
+        return np.exp(q1 @ k1) * attended - np.exp(q2 @ k2) * self.linear(f"{b}.conv.down", y / (1 + np.exp(-y)))
+
+    def pooled(self, x, segments):
+        """What a classifier reads of the (T, D) features."""
+        real = np.ones(len(x), bool) if segments is None else np.asarray(segments) > 0
+        if self.c.pooling == "attention":
+            scores = np.where(real, self.linear("head.score", x)[:, 0], -np.inf)
+            weights = np.exp(scores - scores.max())
+            return weights / weights.sum() @ x
+        return {"cls": x[0], "mean": x[real].mean(0), "last": x[real.sum() - 1]}[self.c.pooling]
+
     def __call__(self, tokens, positions=None, segments=None, types=None):
         c, p = self.c, self.p
         positions = range(len(tokens)) if positions is None else positions
-        x = p["embed.table"][tokens]
+        x = self.row("embed", tokens)
         if c.at("positions", 0) == "learned":
-            x = x + p["embed_positions.table"][list(positions)]
+            x = x + self.row("embed_positions", list(positions))
+        if c.block == "embbert" and types is None:
+            real = np.ones(len(tokens), int) if segments is None else np.asarray(segments)
+            types = [0 if not r else 2 if i + 1 == len(real) or not real[i + 1] else 1 for i, r in enumerate(real)]
         if c.token_types:
             x = x + p["embed_types.table"][np.zeros(len(tokens), int) if types is None else types]
         if c.embed_norm:
             x = self.norm("embed_norm", x)
+        if c.convs:
+            x = self.front(x)
         for i in range(c.layers):
             b = f"blocks.{i}"
-            if c.block == "pre":
+            if c.block == "embbert":
+                x = self.embbert(b, x, segments)
+            elif c.block == "pre":
                 x = x + self.attention(i, self.norm(f"{b}.attn_norm", x), positions, segments)
                 x = x + self.mlp(i, self.norm(f"{b}.mlp_norm", x))
             elif c.block == "post":
@@ -100,14 +152,15 @@ class NumpyModel:
             else:
                 attended = self.attention(i, self.norm(f"{b}.attn_norm", x), positions, segments)
                 x = x + attended + self.mlp(i, self.norm(f"{b}.mlp_norm", x))
-        if c.block != "post":
+        if c.block not in ("post", "embbert"):
             x = self.norm("norm", x)
         if c.head == "tied":
             logits = x @ p["embed.table"].T
         elif c.head == "untied":
             logits = self.linear("head.out", x)
         elif c.head == "classes":
-            logits = self.linear("head.out", np.tanh(self.linear("head.dense", x[0])))
+            pooled = self.pooled(x, segments)
+            logits = self.linear("head.out", np.tanh(self.linear("head.dense", pooled)) if c.pooler else pooled)
         elif c.head == "none":
             logits = x
         else:
@@ -119,7 +172,7 @@ class NumpyModel:
 def random_params(shapes, seed=0):
     """Random values for every parameter, also for those that start at 0 or 1; large enough that nothing is linear."""
     rng = np.random.default_rng(seed)
-    centre = lambda name: 1.0 if name.endswith("scale") else 0.0  # noqa: E731
+    centre = lambda name: 1.0 if name.endswith("scale") else 3.0 if name.endswith(".var") else 0.0  # noqa: E731
     spread = lambda name, s: 1.5 * s.shape[0] ** -0.5 if name.endswith("kernel") else 0.5  # noqa: E731
     return {
         name: (centre(name) + spread(name, s) * rng.standard_normal(s.shape)).astype(np.float32)

@@ -16,7 +16,9 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 LARGEST = 200_000  # bytes of an executed notebook: see P21 of the reliability contract
 # Of training; none of the figures depends on it, only how good they are.
-SECONDS = {"01_train_a_storyteller": 6, "08_int8_on_a_cpu": 6}
+SECONDS = {"01_train_a_storyteller": 6, "03_a_committee_of_one_layer_minds": 12, "04_memories": 12}
+SECONDS |= {"06_the_bigram_inside": 6, "07_look_inside": 8}
+SECONDS |= {"05_codebooks": 6, "08_int8_on_a_cpu": 6}
 
 
 def named(path):
@@ -150,4 +152,16 @@ def test_the_engine_answers_its_question(executed):
     assert bits["ternary"] > bits["float32"]
     assert re.search(r"^int8 costs [+-]0\.0[01]\d+ bits per byte", text, re.M)
     assert "True" in text
+    assert "False" not in text
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_memories_answer_their_question(executed):
+    """A branch that is taken out takes its facts with it, and changes nothing elsewhere."""
+    book = executed(FOLDER / "04_memories.ipynb")
+    outputs = [o for cell in book.cells for o in cell.get("outputs", [])]
+    text = "\n".join(o.get("text", "") or o.get("data", {}).get("text/plain", "") for o in outputs)
+    assert "every other log-probability is the same: True" in text
+    before, after = map(int, re.search(r"blocked: (\d+)% of its facts become (\d+)%", text).groups())
+    assert after <= before
     assert "False" not in text

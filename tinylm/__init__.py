@@ -68,11 +68,18 @@ PUBLIC = {
     "fit": "live",
     "Engine": "engine",
     "export": "engine.export",
+    "classify": "classification",
+    "Committee": "classification",
+    "add_memory": "memory",
 }
-__all__ = ["__version__", *PUBLIC]
+# Rooms with names of their own to offer, as `tinylm.probe.logit_lens`.
+WITHIN = ("classification", "codebooks", "memory", "probe", "quantization", "suite")
+__all__ = ["__version__", *PUBLIC, *WITHIN]
 
 
 def __getattr__(name: str) -> Any:
+    if name in WITHIN:
+        return importlib.import_module(f"tinylm.{name}")
     if name not in PUBLIC:
         raise AttributeError(f"module 'tinylm' has no attribute {name!r}")
     value = globals()[name] = getattr(importlib.import_module(f"tinylm.{PUBLIC[name]}"), name)

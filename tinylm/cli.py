@@ -13,6 +13,7 @@ from typing import NoReturn, get_args
 
 from tinylm.commands import (
     cmd_bench,
+    cmd_classify,
     cmd_convert,
     cmd_evaluate,
     cmd_export,
@@ -122,6 +123,20 @@ def build_parser() -> argparse.ArgumentParser:
     separator_option(p)
     p.add_argument("--limit", type=amount, metavar="N", help="only the first N documents, or items of a task")
     p.add_argument("--stride", type=amount, metavar="N", help="tokens between windows (default half the context)")
+
+    p = command("classify", cmd_classify, "tinylm classify runs/bert --data train.jsonl --test test.jsonl --members 4")
+    p.add_argument("folder", metavar="DIR", help="folder of a pretrained model, or of a committee")
+    p.add_argument("--data", required=True, metavar="SOURCE", help="jsonl, csv, tsv, FewRel's json, hf:ID, or world")
+    p.add_argument("--test", metavar="SOURCE", help="texts to score (default: a fifth of the data, held out)")
+    p.add_argument("--out", metavar="DIR", help="new folder for the classifiers, as a committee")
+    p.add_argument("--members", type=amount, default=1, metavar="N", help="fine-tune so many (default 1)")
+    p.add_argument("--epochs", type=amount, default=10, metavar="N", help="passes at most (default 10)")
+    p.add_argument("--batch", type=amount, default=32, metavar="N", help="texts per step (default 32)")
+    p.add_argument("--learning-rate", type=float, default=1e-3, metavar="X", help="its peak (default 0.001)")
+    p.add_argument("--balance", action="store_true", help="rare classes count as much as frequent ones")
+    p.add_argument("--markers", action="store_true", help="FewRel: mark both entities")
+    p.add_argument("--limit", type=amount, metavar="N", help="only so many texts")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of split, order and new weights (default 0)")
 
     p = command("generate", cmd_generate, 'tinylm generate runs/first --prompt "Once upon a time"')
     p.add_argument("folder", metavar="DIR", help="folder of a run or of a saved model")

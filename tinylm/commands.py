@@ -141,6 +141,13 @@ def cmd_evaluate(args: argparse.Namespace) -> None:
     report(args, figures, f"{text}\n{found.nats_per_token:.4f} nats per token; {size}")
 
 
+def cmd_classify(args: argparse.Namespace) -> None:
+    """Fine-tune a model to tell classes apart, or several as a committee; or score one that can."""
+    from tinylm.classification.command import classify_command
+
+    report(args, *classify_command(args, say))
+
+
 def cmd_generate(args: argparse.Namespace) -> None:
     """Continue a text."""
     from tinylm.checkpoint import load

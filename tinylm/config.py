@@ -16,12 +16,13 @@ import typing
 from typing import Any, Literal, Self, get_args
 
 Norm = Literal["rmsnorm", "layernorm"]
-Block = Literal["pre", "post", "parallel"]
+Block = Literal["pre", "post", "parallel", "embbert"]
 MLP = Literal["swiglu", "geglu", "reglu", "gelu", "gelu_tanh", "relu2"]
 Position = Literal["rope", "learned", "none"]
 Kind = Literal["decoder", "encoder"]
 Head = Literal["tied", "untied", "mlm", "classes", "none"]
-Objective = Literal["next_token", "mlm"]
+Pooling = Literal["cls", "mean", "attention", "last"]
+Objective = Literal["next_token", "mlm", "classes"]
 Optimizer = Literal[
     "adamw", "muon", "schedule_free",
     "nadam", "radam", "amsgrad", "adabelief", "yogi", "lamb", "lion", "adafactor", "rmsprop", "sgd",
@@ -165,7 +166,8 @@ class ModelConfig(Config):
         hidden: features inside the MLP; 0: 4 width, or 8/3 width rounded up to 32 when it is gated.
         norm: normalisation layer.
         norm_eps: added to the variance in it.
-        block: where norms and sums sit: "pre" (GPT-2, Llama), "post" (BERT), "parallel" (GPT-NeoX).
+        block: where norms and sums sit: "pre" (GPT-2, Llama), "post" (BERT), "parallel" (GPT-NeoX), "embbert" (no sum:
+            a norm, then attention minus a causal convolution; one head, hidden a multiple of width; mlp is not used).
         mlp: activation; swiglu, geglu and reglu are gated; gelu_tanh is GPT-2's approximation.
         positions: "rope", "learned" or "none"; several alternate "rope" and "none" over the layers.
         theta: base of the rotary angles.
@@ -175,12 +177,20 @@ class ModelConfig(Config):
         qk_norm: RMSNorm of each query and key head before the rotation, learned scale.
         softcap: logits become softcap * tanh(logits / softcap); 0: off.
         head: "tied" (the embedding, transposed), "untied", "mlm" (BERT's: dense, gelu, norm, tied, bias), "classes"
-            (BERT's classifier on the first position: dense, tanh, a score per class), or "none" (the features).
+            (BERT's classifier on pooled features: dense, tanh, a score per class), or "none" (the features).
         classes: scores that a "classes" head gives.
+        pooling: what a "classes" head reads: "cls" (the first position), "mean", "attention" (a learned weighted mean)
+            or "last" (for decoders); padding is left out.
+        pooler: BERT's dense and tanh between pooling and scores; false: the scores right from what was pooled.
         bias: a bias in every linear layer.
         qkv_bias: the same for query, key and value alone; None: as bias.
         embed_norm: a norm right after the embeddings (BERT).
-        token_types: number of segment embeddings (BERT's token_type_ids); 0: none.
+        token_types: number of segment embeddings (BERT's token_type_ids); 0: none. An "embbert" model takes 3, and
+            where none are given makes them: 0 padding, 1 text, 2 its last token.
+        embed_rank: width of the token and position tables, which a matrix then expands to width; 0: width itself.
+        convs: layers of a convolutional front end over (positions, features) between embeddings and blocks; 0: none.
+        channels: of it.
+        kernel: positions that a convolution spans; of the front end features too, or a pair of both.
         dropout: share dropped of embeddings, attention patterns and block outputs, in training only.
         init_std: standard deviation of every initial matrix and embedding.
         edits: what `techniques.edit` changed since, first to last; building the model makes them again.
@@ -208,17 +218,23 @@ class ModelConfig(Config):
     softcap: float = 0.0
     head: Head = "tied"
     classes: int = 0
+    pooling: Pooling = "cls"
+    pooler: bool = True
     bias: bool = False
     qkv_bias: bool | None = None
     embed_norm: bool = False
     token_types: int = 0
+    embed_rank: int = 0
+    convs: int = 0
+    channels: int = 64
+    kernel: int | tuple[int, int] = 3
     dropout: float = 0.0
     init_std: float = 0.02
     edits: tuple[Edit, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field in ("vocab", "context", "width", "layers", "heads"):
+        for field in ("vocab", "context", "width", "layers", "heads", "channels"):
             self._require(getattr(self, field) >= 1, field, "must be at least 1")
         for field in (
             "kv_heads",
@@ -227,6 +243,8 @@ class ModelConfig(Config):
             "rotary",
             "classes",
             "token_types",
+            "embed_rank",
+            "convs",
             "softcap",
             "init_std",
             "attention_scale",
@@ -260,6 +278,17 @@ class ModelConfig(Config):
         ):
             pattern = self._pattern(name)
             self._require(len(pattern) > 0 and all(map(good, pattern)), name, what)
+        spans = self._pattern("kernel")
+        whole = len(spans) in (1, 2) and all(type(n) is int and n >= 1 for n in spans)
+        self._require(whole, "kernel", "must be a whole number of at least 1, or a pair of them")
+        if self.block == "embbert":
+            self._require(
+                self.heads == 1 and self.head_width == self.width, "block", "embbert has 1 head of full width"
+            )
+            self._require(self.hidden % self.width == 0, "hidden", f"of embbert must be a multiple of {self.width}")
+            self._require(len(spans) == 1, "kernel", "of embbert must be one number")
+            plain = "rope" not in self._pattern("positions") and not any(self._pattern("window"))
+            self._require(plain and self.kind == "encoder", "block", 'embbert is an encoder without "rope" and window')
         if "learned" in self._pattern("positions"):
             self._require(
                 set(self._pattern("positions")) == {"learned"}, "positions", "learned positions hold for all layers"
@@ -284,6 +313,11 @@ class ModelConfig(Config):
         value = getattr(self, field)
         return value if isinstance(value, tuple) else (value,)
 
+    @property
+    def draws(self) -> bool:
+        """Whether a training step needs a key: for dropout, or to tell batch norms that this is training."""
+        return self.dropout > 0 or self.convs > 0
+
     def at(self, field: Literal["positions", "window"], layer: int) -> Any:
         """The value of a per-layer setting at one layer: the pattern repeats."""
         pattern = self._pattern(field)
@@ -303,7 +337,8 @@ class TrainConfig(Config):
         steps_per_call: steps that run on the device in one go; more for models whose step is shorter than Python's.
         accumulate: the batch is computed in this many parts, one after the other.
         documents: attention and positions stay inside each document of a sequence, instead of running across.
-        objective: "next_token", or "mlm" (mask_rate of the positions hidden: 80% mask, 10% random, 10% kept).
+        objective: "next_token", "mlm" (mask_rate of the positions hidden: 80% mask, 10% random, 10% kept), or "classes"
+            (a label per text; see `tinylm.classify`).
         mask_rate: share of positions that mlm predicts.
         optimizer: "muon" (Muon for matrices inside the blocks, AdamW for the rest), "adamw", "schedule_free" (AdamW
             that averages instead of a schedule), or another of optax's.
@@ -311,11 +346,13 @@ class TrainConfig(Config):
         schedule: its shape after the warm-up; "wsd" is constant, then falls linearly.
         final: its last value as a share of the peak.
         warmup: steps of linear rise to the peak.
+        stairs: steps that the learning rate stays the same, such as those of an epoch; 0: it moves with every step.
         decay: share of the run that "wsd" falls over.
         beta1: of Adam, decay of the mean.
         beta2: of Adam, decay of the square.
         eps: of Adam.
         weight_decay: decoupled, on matrices and embeddings, scaled by the learning rate.
+        memory_decay: the same for fetched memories, in steps that fetch them; small, since they are to memorise.
         clip: largest global gradient norm; 0: off.
         rates: "PATTERN=FACTOR", or several: parameters whose whole name matches the regular expression learn at this
             multiple of the learning rate, 0 freezes them; the last that matches counts.
@@ -350,11 +387,13 @@ class TrainConfig(Config):
     schedule: Schedule = "cosine"
     final: float = 0.1
     warmup: int = 50
+    stairs: int = 0
     decay: float = 0.2
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.1
+    memory_decay: float = 1e-3
     clip: float = 1.0
     rates: tuple[str, ...] = ()
     z_loss: float = 0.0
@@ -378,19 +417,9 @@ class TrainConfig(Config):
             got = ", ".join(f"{n}={getattr(self, n)}" for n in ends) or "none"
             raise ConfigError(f"TrainConfig: give exactly one of steps, tokens, budget (got {got})")
         for field in (
-            "steps",
-            "tokens",
-            "budget",
-            "length",
-            "warmup",
-            "weight_decay",
-            "clip",
-            "z_loss",
-            "eval_every",
-            "save_every",
-            "milestones",
-            "seed",
-        ):
+            "steps", "tokens", "budget", "length", "warmup", "stairs", "weight_decay", "memory_decay", "clip", "z_loss",
+            "eval_every", "save_every", "milestones", "seed",
+        ):  # fmt: skip
             self._require(getattr(self, field) >= 0, field, "must not be negative")
         for field in ("batch", "steps_per_call", "accumulate", "log_every", "eval_batches", "keep"):
             self._require(getattr(self, field) >= 1, field, "must be at least 1")

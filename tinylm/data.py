@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -19,8 +19,8 @@ from tinylm.shards import DataError, Tokens, check_tokens, write_tokens
 from tinylm.tokenizer import Tokenizer
 
 __all__ = [
-    "Batch", "Batches", "DataError", "Masked", "Rows", "Tokens", "Windows", "alike", "batches_of", "check_tokens",
-    "permute", "picking", "require_fit", "write_tokens",
+    "Batch", "Batches", "DataError", "Labelled", "Masked", "Rows", "Tokens", "Windows", "alike", "batches_of",
+    "check_tokens", "padded", "permute", "picking", "require_fit", "write_tokens",
 ]  # fmt: skip
 
 
@@ -29,7 +29,8 @@ class Batch(NamedTuple):
 
     tokens: int32 inputs. targets: int32, what each position should predict. weights: float32 share of each position in
     the loss (None: all 1). positions: int32 (None: 0, 1, ...). segments: int32, attention stays inside equal numbers;
-    0 is padding (None: one segment). picked: see `picking`.
+    0 is padding (None: one segment). picked: see `picking`. fetched: (batch, levels) int32, the nodes whose memory each
+    row fetches, for models that have one (None: what the model's own state says).
     """
 
     tokens: np.ndarray
@@ -38,6 +39,7 @@ class Batch(NamedTuple):
     positions: np.ndarray | None = None
     segments: np.ndarray | None = None
     picked: np.ndarray | None = None
+    fetched: np.ndarray | None = None
 
 
 def picking(batch: Batch, share: float, parts: int = 1) -> Batch:
@@ -281,6 +283,65 @@ class Masked:
         return {"kind": "masked", **own, "of": self.source.describe()}
 
 
+class Labelled:
+    """Texts with a class each, a text per row as in `Rows`: `labelled(step)` -> Batch, a function of (seed, step).
+
+    targets are the labels, (batch,) int32; weights (batch,) those of the texts' classes, where there are any; segments
+    are 1 on a text and 0 on padding. Every text is seen once per epoch, each epoch in its own order.
+
+    Args:
+        rows: token ids of each text, with what stands around it. labels: of each text, from 0.
+        batch: texts per step. length: of a row; longer texts are cut, the last token kept. pad: id of what fills rows.
+        weights: one per class; None: all count the same. seed: of the order.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[np.ndarray],
+        labels: np.ndarray,
+        *,
+        batch: int,
+        length: int,
+        pad: int,
+        weights: np.ndarray | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.labels = np.asarray(labels, np.int32)
+        if len(rows) != len(self.labels) or not len(rows):
+            raise DataError(f"{len(rows)} texts and {len(self.labels)} labels: give one label per text, and some texts")
+        if min(batch, length) < 1 or seed < 0:
+            raise DataError(f"batch = {batch}, length = {length}, seed = {seed}: at least 1, 1 and 0")
+        self.tokens, self.segments = padded(rows, length, pad)
+        self.weights = None if weights is None else np.asarray(weights, np.float32)
+        self.windows, self.batch, self.length, self.seed = len(rows), int(batch), int(length), int(seed)
+
+    def indices(self, step: int) -> np.ndarray:
+        """(batch,) numbers of the texts of a step."""
+        return _row_numbers(self.windows, self.batch, self.seed, step)
+
+    def epochs(self, step: int) -> float:
+        """How many times the texts have been seen before this step."""
+        return step * self.batch / self.windows
+
+    def __call__(self, step: int) -> Batch:
+        at = self.indices(step)
+        labels = self.labels[at]
+        weights = None if self.weights is None else self.weights[labels]
+        return Batch(self.tokens[at], labels, weights, None, self.segments[at])
+
+
+def padded(rows: Sequence[np.ndarray], length: int, pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows as (N, length) int32 tokens and segments, 1 on tokens and 0 on padding; a cut row keeps its last token."""
+    tokens = np.full((len(rows), length), pad, np.int32)
+    segments = np.zeros((len(rows), length), np.int32)
+    for row, real, ids in zip(tokens, segments, rows, strict=True):
+        size = min(len(ids), length)
+        row[:size], real[:size] = ids[:size], 1
+        if size:
+            row[size - 1] = ids[-1]
+    return tokens, segments
+
+
 # --- from tokens and settings to batches -----------------------------------------------------------------------------
 
 Batches = Callable[[int], Batch]
@@ -290,6 +351,8 @@ def require_fit(config: TrainConfig, model: ModelConfig) -> None:
     """Raise ConfigError unless this model can be trained so."""
     if config.length > model.context:
         raise ConfigError(f"TrainConfig.length = {config.length} is longer than the model's context of {model.context}")
+    if config.objective == "classes":
+        raise ConfigError('objective "classes" learns from labelled texts, not from tokens: use tinylm.classify')
     wanted = {"mlm": "an encoder", "next_token": "a decoder"}
     if wanted[config.objective].split()[1] != model.kind:
         other = next(name for name, kind in wanted.items() if kind.split()[1] == model.kind)

@@ -107,6 +107,14 @@ def _backward(how: How, chunks: int, saved: tuple[Head, Array], given: tuple[Arr
 chunked_nats.defvjp(_forward, _backward)
 
 
+def class_nats(logits: Array, labels: Any, weights: Any = None) -> tuple[Array, tuple[Array, Array]]:
+    """What `step.cross_entropy` gives, of class scores (B C) and labels (B,); weights (B,) balance the classes."""
+    each = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), jnp.asarray(labels))
+    weights = jnp.ones(each.shape) if weights is None else jnp.asarray(weights, jnp.float32)
+    nats = (each * weights).sum()
+    return nats, (nats, weights.sum())
+
+
 def at_once(vocab: int) -> int:
     """Rows whose logits are held at a time on this device."""
     return max(FEWEST, LOGITS_AT_ONCE.get(jax.default_backend(), LOGITS_ELSEWHERE) // vocab)

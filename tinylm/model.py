@@ -1,6 +1,6 @@
 """One transformer, decoder and encoder: all forward maths, the cache, and every tap site.
 
-Read it top to bottom: attention, MLP, blocks, heads, the whole; `parts` holds the smaller parts. The configuration
+Read it top to bottom: attention, MLP, blocks, the whole; `parts` holds the smaller parts and heads. The configuration
 picks parts from tables when the model is built; no forward pass branches on it. Letters in shapes: B batch, T
 positions, S positions held in the cache, D width, H query heads, K key/value heads, E head width, F hidden width, V
 vocabulary, C classes.
@@ -8,6 +8,7 @@ vocabulary, C classes.
 Tap sites are dotted attribute paths. A module's own path names its output; the rest are values inside it:
 
     embed                               (B T D)      token embedding plus learned positions
+    front                               (B T D)      after a convolutional front end, where there is one
     blocks.0.attn_norm                  (B T D)      what attention reads (pre-norm and parallel blocks)
     blocks.0.attn.q .k .v               (B T H|K E)  projections, before QK-norm and rotation
     blocks.0.attn.scores .pattern       (B H T S)    before and after the softmax; asking gives up any fused kernel
@@ -17,6 +18,7 @@ Tap sites are dotted attribute paths. A module's own path names its output; the 
     blocks.0.mlp_norm                   (B T D)      what the MLP reads
     blocks.0.mlp.hidden                 (B T F)      neuron activations
     blocks.0.mlp                        (B T D)      the MLP's contribution
+    blocks.0.conv.hidden .conv          (B T F|D)    convolution branch of an embbert block
     blocks.0.resid                      (B T D)      stream after the block
     norm                                (B T D)      after the last norm
     logits                              (B T V)      (B C) with a "classes" head, (B T D) with none
@@ -37,7 +39,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tinylm import ops
 from tinylm.config import ModelConfig
-from tinylm.parts import NORMS, Embedding, Linear, RMSNorm, dropout, fan, rotate
+from tinylm.parts import HEADS, NORMS, Convolutions, Embedding, Factored, Linear, RMSNorm, dropout, fan, rotate
+from tinylm.parts import POOLED as POOLED
+from tinylm.parts import TiedHead as TiedHead
+from tinylm.parts import UntiedHead as UntiedHead
 from tinylm.taps import Tap, check, recording, untouched, wants, watched, within
 from tinylm.techniques import apply
 from tinylm.tokenizer import Tokenizer
@@ -255,66 +260,61 @@ class ParallelBlock(PreBlock):
         return tap("resid", x + y + tap("mlp", dropout(z, self.dropout, key, 2))), past
 
 
-BLOCKS = {"pre": PreBlock, "post": PostBlock, "parallel": ParallelBlock}
-
-# --- heads ------------------------------------------------------------------------------------------------------------
-
-
-class TiedHead(nnx.Module):
-    """Logits by the token embedding, transposed. The Param is used twice, never stored twice."""
+class SelfKeys(nnx.Module):
+    """o(softmax((q x) x^T / sqrt(D)) x): one head whose keys and values are its input (EmbBERT-Q, 2502.10001)."""
 
     def __init__(self, config: ModelConfig):
-        del config
+        self.q = Linear(config.width, config.width, bias=config.bias)
+        self.o = Linear(config.width, config.width, bias=config.bias)
+        self.dropout = config.dropout
 
-    def __call__(self, x: Float[Array, "*batch D"], embedding: Float[Array, "V D"]) -> Float[Array, "*batch V"]:
-        return x @ embedding.T.astype(x.dtype)
-
-
-class UntiedHead(nnx.Module):
-    """Logits by a matrix of their own."""
-
-    def __init__(self, config: ModelConfig):
-        self.out = Linear(config.width, config.vocab)
-
-    def __call__(self, x: Float[Array, "*batch D"], embedding: Float[Array, "V D"]) -> Float[Array, "*batch V"]:
-        return self.out(x)
+    def __call__(self, x: Float[Array, "B T D"], scope: Scope, tap: Tap = untouched, key=None):
+        q, x = tap("q", self.q(x))[:, :, None], x[:, :, None]
+        mask = visible(scope, q.shape[1], q.shape[1], False, 0)
+        drop = functools.partial(dropout, rate=self.dropout, key=key, salt=0)
+        heads = tap("heads", attend(q, x, x, mask, x.shape[-1] ** -0.5, tap, drop))
+        return self.o(heads[:, :, 0])
 
 
-class MLMHead(nnx.Module):
-    """BERT's prediction head: dense, GELU, norm, the tied embedding, a bias per token (Devlin et al. 2018)."""
+class CausalConv(nnx.Module):
+    """down(silu(convolution over time)): each feature filtered by itself, from this position back."""
 
     def __init__(self, config: ModelConfig):
-        self.dense = Linear(config.width, config.width, bias=True)
-        self.norm = NORMS[config.norm](config.width, config.norm_eps)
-        self.bias = nnx.Param(jnp.zeros(config.vocab))
+        # Row j: weight of the position j back.
+        self.kernel = nnx.Param(np.zeros((config.kernel, config.hidden), np.float32))
+        self.bias = nnx.Param(np.zeros(config.hidden, np.float32))
+        self.down = Linear(config.hidden, config.width, bias=config.bias)
 
-    def __call__(self, x: Float[Array, "*batch D"], embedding: Float[Array, "V D"]) -> Float[Array, "*batch V"]:
-        x = self.norm(jax.nn.gelu(self.dense(x), approximate=False))
-        return x @ embedding.T.astype(x.dtype) + self.bias[...].astype(x.dtype)
-
-
-class ClassHead(nnx.Module):
-    """BERT's classifier: dense and tanh on the first position, then one score per class (Devlin et al. 2018)."""
-
-    def __init__(self, config: ModelConfig):
-        self.dense = Linear(config.width, config.width, bias=True)
-        self.out = Linear(config.width, config.classes, bias=True)
-
-    def __call__(self, x: Float[Array, "*batch T D"], embedding: Float[Array, "V D"]) -> Float[Array, "*batch C"]:
-        return self.out(jnp.tanh(self.dense(x[..., 0, :])))
+    def __call__(self, x: Float[Array, "B T D"], tap: Tap = untouched) -> Float[Array, "B T D"]:
+        kernel, t = self.kernel[...].astype(x.dtype), x.shape[1]
+        x = jnp.repeat(x, kernel.shape[1] // x.shape[-1], axis=-1)
+        far = min(len(kernel), t) - 1
+        padded = jnp.pad(x, ((0, 0), (far, 0), (0, 0)))
+        y = sum(kernel[j] * padded[:, far - j : far - j + t] for j in range(far + 1))  # faster than XLA's convolution
+        return self.down(tap("hidden", jax.nn.silu(y + self.bias[...].astype(x.dtype))))
 
 
-class NoHead(nnx.Module):
-    """The features themselves, for models that only embed."""
+class EmbBlock(nnx.Module):
+    """exp(q1 k1) attn(norm(x)) - exp(q2 k2) conv(norm(x)), and no sum with x: EmbBERT-Q (2502.10001).
 
-    def __init__(self, config: ModelConfig):
-        del config
+    `mix` holds q1, k1, q2, k2. They start with the standard deviation of every matrix, not with the paper's 0.1.
+    """
 
-    def __call__(self, x: Float[Array, "*batch D"], embedding: Float[Array, "V D"]) -> Float[Array, "*batch D"]:
-        return x
+    def __init__(self, config: ModelConfig, layer: int):
+        del layer
+        self.attn_norm = NORMS[config.norm](config.width, config.norm_eps)
+        self.attn, self.conv, self.mix = SelfKeys(config), CausalConv(config), Embedding(4, config.width)
+
+    def __call__(self, x: Float[Array, "B T D"], scope: Scope, past=None, tap: Tap = untouched, key=None):
+        x = tap("attn_norm", self.attn_norm(x))
+        mix = self.mix.weight()
+        first, second = jnp.exp(mix[0] @ mix[1]).astype(x.dtype), jnp.exp(mix[2] @ mix[3]).astype(x.dtype)
+        seen = tap("attn", self.attn(x, scope, within("attn", tap), key))
+        return tap("resid", first * seen - second * tap("conv", self.conv(x, within("conv", tap)))), past
 
 
-HEADS = {"tied": TiedHead, "untied": UntiedHead, "mlm": MLMHead, "classes": ClassHead, "none": NoHead}
+BLOCKS = {"pre": PreBlock, "post": PostBlock, "parallel": ParallelBlock, "embbert": EmbBlock}
+UNNORMED = ("post", "embbert")  # blocks with no norm after the last: post-norm ones end in one of their own
 
 # --- the whole --------------------------------------------------------------------------------------------------------
 
@@ -326,6 +326,20 @@ HEADS = {"tied": TiedHead, "untied": UntiedHead, "mlm": MLMHead, "classes": Clas
 def same(x: Array, *unused: Any) -> Array:
     """x as it is: no norm, no rotation, no cap."""
     return x
+
+
+def first_type(tokens: Array, segments: Any) -> Array:
+    """BERT's token types of a single text: 0."""
+    return jnp.zeros_like(tokens)
+
+
+def text_types(tokens: Array, segments: Any) -> Array:
+    """EmbBERT's token types of a single text: 0 padding, 1 text, 2 its last token, the separator."""
+    real = jnp.ones_like(tokens) if segments is None else (jnp.asarray(segments) > 0).astype(tokens.dtype)
+    return real + real * (1 - jnp.pad(real, ((0, 0), (0, 1)))[:, 1:])
+
+
+TYPES = {"embbert": text_types}
 
 
 def capped(logits: Array, cap: float) -> Array:
@@ -354,13 +368,16 @@ class Transformer(nnx.Module):
         c = self.config = config
         self.tokenizer = tokenizer
         norm = functools.partial(NORMS[c.norm], c.width, c.norm_eps)
-        self.embed = Embedding(c.vocab, c.width)
-        self.embed_positions = Embedding(c.context, c.width) if c.at("positions", 0) == "learned" else None
+        table = functools.partial(Factored, rank=c.embed_rank) if c.embed_rank else Embedding
+        self.embed = table(c.vocab, c.width)
+        self.embed_positions = table(c.context, c.width) if c.at("positions", 0) == "learned" else None
         self.embed_types = Embedding(c.token_types, c.width) if c.token_types else None
         self.embed_norm = norm() if c.embed_norm else same
+        self.types = TYPES.get(c.block, first_type)
+        self.front = Convolutions(c) if c.convs else None
         self.blocks = nnx.List([BLOCKS[c.block](c, layer) for layer in range(c.layers)])
-        self.norm = same if c.block == "post" else norm()  # a post-norm block ends in a norm of its own
-        self.head = HEADS[c.head](c)
+        self.norm = same if c.block in UNNORMED else norm()
+        self.head = (POOLED[c.pooling] if c.head == "classes" else HEADS[c.head])(c)
         self.cap = capped if c.softcap else same
         rngs = rngs if isinstance(rngs, nnx.Rngs) else nnx.Rngs(rngs)
         initialize(self, rngs, c.init_std)
@@ -394,7 +411,7 @@ class Transformer(nnx.Module):
         """
         tap = watched(tap)
         x, new = self.trunk(tokens, positions=positions, segments=segments, types=types, cache=cache, tap=tap, key=key)
-        logits = self.unembed(x, tap)
+        logits = self.unembed(x, tap, segments)
         check(tap)
         return logits if new is None else (logits, new)
 
@@ -422,8 +439,10 @@ class Transformer(nnx.Module):
         if self.embed_positions is not None:
             x = x + self.embed_positions(positions)
         if self.embed_types is not None:
-            x = x + self.embed_types(jnp.zeros_like(tokens) if types is None else types)
+            x = x + self.embed_types(self.types(jnp.asarray(tokens), segments) if types is None else types)
         x = tap("embed", dropout(self.embed_norm(x), self.config.dropout, key, 0))
+        if self.front is not None:
+            x = tap("front", self.front(x, training=key is not None, tap=within("front", tap)))
         pasts = [None] * len(self.blocks) if cache is None else list(zip(cache.keys, cache.values, strict=True))
         for i, block in enumerate(self.blocks):
             block_key = None if key is None else jax.random.fold_in(key, i + 1)
@@ -434,9 +453,11 @@ class Transformer(nnx.Module):
         keys, values = zip(*pasts, strict=True)
         return x, Cache(keys, values, cache.length + t)
 
-    def unembed(self, x: Float[Array, "*batch D"], tap: Tap = untouched) -> Float[Array, ...]:
-        """The head: normed features to logits (*batch V); class scores (B C) from (B T D) with a "classes" head."""
-        return tap("logits", self.cap(self.head(x, self.embed.weight()), self.config.softcap))
+    def unembed(self, x: Float[Array, "*batch D"], tap: Tap = untouched, segments: Any = None) -> Float[Array, ...]:
+        """The head: normed features to logits (*batch V); class scores (B C) from (B T D) with a "classes" head, which
+        leaves out positions whose segment is 0.
+        """
+        return tap("logits", self.cap(self.head(x, self.embed.weight(), segments), self.config.softcap))
 
 
 def shapes(config: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:

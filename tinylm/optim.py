@@ -35,6 +35,7 @@ class Recipe:
     ema: float = 0.0
     rates: tuple[str, ...] = ()
     native: bool = True
+    memory_decay: float = 1e-3
 
     @classmethod
     def of(cls, config: TrainConfig) -> Recipe:
@@ -45,11 +46,13 @@ def rate(config: TrainConfig, step: int, progress: float) -> float:
     """Learning rate of a step.
 
     Args:
-        config: `learning_rate`, `schedule`, `final`, `warmup`, `decay`.
+        config: `learning_rate`, `schedule`, `final`, `warmup`, `decay`, `stairs`.
         step: steps done before this one; the warm-up reaches its peak after `warmup` steps.
         progress: share of the run that is done, 0 to 1, by steps or by the clock.
     """
     progress = min(max(progress, 0.0), 1.0)
+    if config.stairs and step:  # as at the first step of the stair
+        progress, step = progress * (step - step % config.stairs) / step, step - step % config.stairs
     shape = {
         "constant": 1.0,
         "linear": 1.0 - progress,
@@ -74,11 +77,12 @@ def groups(params: Mapping[str, Any], recipe: Recipe) -> dict[str, Group]:
 
     Muon moves the matrices inside the blocks; embeddings and heads stay with AdamW, because their rows are independent
     of each other and Muon's orthogonal step would couple them (Jordan et al. 2024). Matrices and embeddings are
-    decayed, norms and biases are not. `recipe.rates` holds "PATTERN=FACTOR" for whole names; the last that matches
-    counts.
+    decayed; norms, biases and codebooks are not. Memories (arrays of a `bank`, a block per row) are moved by
+    `scale_by_lazy_adam`, whatever the optimiser. `recipe.rates` holds "PATTERN=FACTOR" for whole names; the last that
+    matches counts.
 
     Raises:
-        ConfigError: a pattern of `rates` matches no parameter.
+        ConfigError: a pattern of `rates` matches no parameter, or a memory and an optimiser that moves every row.
     """
     factors = dict.fromkeys(params, 1.0)
     for pattern, factor in map(path_rate, recipe.rates):
@@ -89,9 +93,19 @@ def groups(params: Mapping[str, Any], recipe: Recipe) -> dict[str, Group]:
         factors |= dict.fromkeys(matched, factor)
     muon = lambda name, x: recipe.optimizer == "muon" and name.startswith("blocks.") and jnp.ndim(x) == 2  # noqa: E731
     other = "adamw" if recipe.optimizer == "muon" else recipe.optimizer
-    return {
-        name: Group("muon" if muon(name, x) else other, factors[name], jnp.ndim(x) >= 2) for name, x in params.items()
+    found = {
+        name: Group("muon" if muon(name, x) else other, factors[name], jnp.ndim(x) >= 2 and not name.endswith(".book"))
+        for name, x in params.items()
     }
+    lazy = [name for name in params if in_bank(name)]
+    if lazy and recipe.optimizer == "schedule_free":
+        raise ConfigError(f"schedule_free moves every row of {lazy[0]}, fetched or not: take another optimizer")
+    return found | {name: Group("lazy", factors[name], False) for name in lazy}
+
+
+def in_bank(name: str) -> bool:
+    """Whether a parameter's name is that of memories, `<module>.bank.<level>`."""
+    return name.split(".")[-2:-1] == ["bank"]
 
 
 class Rule(NamedTuple):
@@ -119,7 +133,7 @@ def build(recipe: Recipe) -> Rule:
     if recipe.optimizer == "schedule_free":
         rule = schedule_free(recipe)
     else:
-        made = {name: make(recipe) for name, make in DIRECTIONS.items() if name in ("adamw", recipe.optimizer)}
+        made = {name: make(recipe) for name, make in DIRECTIONS.items() if name in ("adamw", "lazy", recipe.optimizer)}
         label = lambda params: {name: group.rule for name, group in groups(params, recipe).items()}  # noqa: E731
         decayed = lambda params: {name: group.decayed for name, group in groups(params, recipe).items()}  # noqa: E731
         chain = optax.chain(optax.partition(made, label), optax.add_decayed_weights(recipe.weight_decay, decayed))
@@ -150,8 +164,49 @@ DIRECTIONS: dict[str, Callable[[Recipe], optax.GradientTransformation]] = {
     "adafactor": lambda r: optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)),
     "rmsprop": lambda r: optax.scale_by_rms(r.beta2, r.eps),
     "sgd": lambda r: optax.trace(r.beta1, nesterov=True),
+    "lazy": lambda r: scale_by_lazy_adam(r.beta1, r.beta2, r.eps, r.memory_decay),
 }
-"""What an optimiser does to a gradient before the learning rate; all but Muon are optax's, with its defaults."""
+"""What an optimiser does to a gradient before the learning rate; all but Muon and lazy Adam are optax's, with its
+defaults."""
+
+
+class LazyState(NamedTuple):
+    """Of every array of rows: in how many steps each row had a gradient, and both moments."""
+
+    count: Any
+    mean: Any
+    square: Any
+
+
+def scale_by_lazy_adam(b1: Any, b2: Any, eps: Any, decay: Any) -> optax.GradientTransformation:
+    """AdamW row by row: a row whose gradient is exactly zero was not fetched, and keeps its value and moments.
+
+    Its bias is corrected by the row's own count of steps. Dense Adam would go on moving rows by old momentum, and decay
+    what no document asked for. The decay is decoupled, and acts in the steps that fetch a row.
+    """
+
+    def init(params: Any) -> LazyState:
+        counts = jax.tree.map(lambda p: jnp.zeros(p.shape[:1], jnp.float32), params)
+        return LazyState(counts, jax.tree.map(jnp.zeros_like, params), jax.tree.map(jnp.zeros_like, params))
+
+    def update(grads: Any, state: LazyState, params: Any) -> tuple[Any, LazyState]:
+        def one(g: Array, p: Array, count: Array, mean: Array, square: Array) -> tuple[Array, Array, Array, Array]:
+            fetched = (g != 0).any(axis=1)
+            count = count + fetched
+            new_mean, new_square = b1 * mean + (1 - b1) * g, b2 * square + (1 - b2) * g * g
+            age = jnp.maximum(count, 1)[:, None]
+            step = new_mean / (1 - b1**age) / (jnp.sqrt(new_square / (1 - b2**age)) + eps) + decay * p
+            keep = lambda new, old: jnp.where(fetched[:, None], new, old)  # noqa: E731
+            return keep(step, jnp.zeros_like(p)), count, keep(new_mean, mean), keep(new_square, square)
+
+        leaves, shape = jax.tree.flatten(grads)
+        if not leaves:  # a model without memories
+            return grads, state
+        parts = [one(*of) for of in zip(leaves, *map(jax.tree.leaves, (params, *state)), strict=True)]
+        direction, *rest = (jax.tree.unflatten(shape, part) for part in zip(*parts, strict=True))
+        return direction, LazyState(*rest)
+
+    return optax.GradientTransformation(init, update)
 
 
 class ScheduleFreeState(NamedTuple):

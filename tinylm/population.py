@@ -31,7 +31,7 @@ from tinylm.step import compiled_updates
 from tinylm.training import Interrupt, Step, Trainer, TrainingDiverged, create
 
 KNOBS = ("weight_decay", "beta1", "beta2", "eps")  # of the recipe: arrays of one value per member
-FREE = (*KNOBS, "seed", "learning_rate", "schedule", "final", "warmup", "decay", "mask_rate", "documents")
+FREE = (*KNOBS, "seed", "learning_rate", "schedule", "final", "warmup", "decay", "stairs", "mask_rate", "documents")
 
 
 class Population:
@@ -164,7 +164,7 @@ class Population:
         self._seeds = np.array([config.seed for config in configs], np.uint32)
         lead = self.members[0]
         recipe = dataclasses.replace(lead.recipe, **dict.fromkeys(differing, 0.5))  # one program for all values
-        self._update = compiled_updates(lead.graph, recipe, lead.model.config.dropout > 0)
+        self._update = compiled_updates(lead.graph, recipe, lead.model.config.draws)
 
     def _deal(self) -> None:
         """Give every member its own state again."""
@@ -191,7 +191,7 @@ def differences(one: Trainer, other: Trainer) -> str:
 
 def train_many(
     model: ModelConfig | Sequence[Transformer],
-    data: Tokens | Batches,
+    data: Tokens | Batches | Sequence[Batches],
     configs: Sequence[TrainConfig],
     *,
     valid: Tokens | Batches | None = None,
@@ -202,7 +202,8 @@ def train_many(
 
     Args:
         model: the shape of all, each with initial weights of its config's seed; or the models, one per config.
-        data, valid: as in `train`; every member has its own order, by its seed.
+        data, valid: as in `train`; every member has its own order of tokens, by its seed. A list of batch sources gives
+            each member its own.
         configs: they may differ in seed, learning_rate, weight_decay, beta1, beta2, eps, mask_rate, documents and the
             schedule; `TrainConfig.grid` makes them.
         out: a new folder; member k's run is in its folder `member-00k`.
@@ -212,6 +213,9 @@ def train_many(
         ConfigError: configs that differ in what all must share, or not one per model.
     """
     configs = list(configs)
+    sources = list(data) if isinstance(data, list | tuple) else [data] * len(configs)
+    if len(sources) != len(configs):
+        raise ConfigError(f"{len(sources)} sources of batches and {len(configs)} configs: give one per member, or one")
     if isinstance(model, ModelConfig):
         models = [Transformer(model, rngs=config.seed, tokenizer=tokenizer) for config in configs]
     else:
@@ -219,8 +223,9 @@ def train_many(
     if len(models) != len(configs):
         raise ConfigError(f"{len(models)} models and {len(configs)} configs: give one config per model")
     places = [None if out is None else Path(out) / f"member-{i:03d}" for i in range(len(configs))]
-    together = Population([Trainer(m, data, c, valid=valid) for m, c in zip(models, configs, strict=True)])
-    for trainer, place in zip(together.members, places, strict=True):
+    each = zip(models, sources, configs, strict=True)
+    together = Population([Trainer(model, source, config, valid=valid) for model, source, config in each])
+    for trainer, source, place in zip(together.members, sources, places, strict=True):
         if place is not None:
-            trainer.run, trainer.kept = create(trainer, place, data, valid), True
+            trainer.run, trainer.kept = create(trainer, place, source, valid), True
     return together

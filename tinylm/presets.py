@@ -42,6 +42,28 @@ BERT = {
     "dropout": 0.1,
 }
 
+# The convolutional variants of the same paper: a front end in the place of a layer.
+CONVOLUTIONAL = {**BERT, "context": 128, "layers": 1}
+# EmbBERT (2502.10001): 357,248 parameters without a head, which the preset's own adds to.
+EMBBERT = {
+    "kind": "encoder",
+    "vocab": 8192,
+    "context": 256,
+    "width": 128,
+    "layers": 4,
+    "heads": 1,
+    "hidden": 128,
+    "block": "embbert",
+    "positions": "learned",
+    "embed_rank": 16,
+    "token_types": 3,
+    "kernel": 32,
+    "bias": True,
+    "head": "mlm",
+    "dropout": 0.1,
+    "init_std": 0.05,
+}
+
 SIZE = re.compile(r"\d+(\.\d+)?[KkMm]")
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -70,6 +92,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "bert-tiny": {**BERT, "context": 512, "width": 128, "layers": 2, "heads": 2},
     "bert-1": {**BERT, "context": 128, "width": 1536, "layers": 1, "heads": 24},
     "bert-6": {**BERT, "context": 128, "width": 768, "layers": 6, "heads": 12},
+    "bert-1-conv2": {**CONVOLUTIONAL, "width": 768, "heads": 12, "convs": 2},
+    "bert-1-conv2-heads8": {**CONVOLUTIONAL, "width": 512, "heads": 8, "convs": 2},
+    "bert-1-conv3": {**CONVOLUTIONAL, "width": 768, "heads": 12, "convs": 3, "channels": 32},
+    "bert-1-conv2-k16": {**CONVOLUTIONAL, "width": 768, "heads": 12, "convs": 2, "kernel": (16, 3)},
+    "embbert-q": EMBBERT,
 }
 
 
@@ -155,25 +182,51 @@ def parameters(config: ModelConfig) -> dict[str, int]:
     inputs = 2 if c.mlp in GATED else 1
     attention = c.width * (2 * q + 2 * kv) + (q + 2 * kv if c.qkv_bias else 0) + (c.width if c.bias else 0)
     mlp = (inputs + 1) * c.width * inner + (inputs * inner + c.width if c.bias else 0)
-    dense = c.width * c.width + c.width
+    dense = c.width * c.width + c.width if c.head != "classes" or c.pooler else 0
+    rank = c.embed_rank or c.width
+    learned = c.at("positions", 0) == "learned"
+    if c.block == "embbert":  # q and o alone; the convolution branch stands below
+        attention, mlp = 2 * (c.width * c.width + (c.width if c.bias else 0)), 0
     head = {
         "tied": 0,
         "untied": c.width * c.vocab,
         "mlm": dense + norm + c.vocab,
-        "classes": dense + (c.width + 1) * c.classes,
+        "classes": dense + (c.width + 1) * c.classes + (c.width + 1 if c.pooling == "attention" else 0),
         "none": 0,
     }[c.head]
     return {
-        "token embedding": c.vocab * c.width,
-        "position embedding": c.context * c.width if c.at("positions", 0) == "learned" else 0,
+        "token embedding": c.vocab * rank,
+        "position embedding": c.context * rank if learned else 0,
+        "embedding expansion": (1 + learned) * rank * c.width if c.embed_rank else 0,
         "type embedding": c.token_types * c.width,
         "attention": c.layers * attention,
         "mlp": c.layers * mlp,
-        "norms": c.layers * (2 * norm + (2 * c.head_width if c.qk_norm else 0))
-        + (norm if c.block != "post" else 0)
+        "convolutions": _convolutions(c),
+        "norms": c.layers * ((1 if c.block == "embbert" else 2) * norm + (2 * c.head_width if c.qk_norm else 0))
+        + (norm if c.block not in ("post", "embbert") else 0)
         + (norm if c.embed_norm else 0),
         "head": head,
     }
+
+
+def _spans(c: ModelConfig) -> list[tuple[int, int, int]]:
+    """(weights per input and output channel, inputs, outputs) of every layer of the convolutional front end."""
+    span = c.kernel if isinstance(c.kernel, tuple) else (c.kernel,)
+    wide = [1, *[c.channels] * c.convs, 1] if c.convs else []
+    cells = [span[0] * span[-1]] * c.convs + [1]
+    return [(n, a, b) for n, a, b in zip(cells, wide[:-1], wide[1:], strict=False)]
+
+
+def _convolutions(c: ModelConfig) -> int:
+    """The front end, with bias, scale, shift, mean and variance of every channel; and the branch of embbert blocks: a
+    filter and a bias per feature, the matrix after it, and the four vectors that weigh both branches.
+    """
+    front = sum(cells * a * b + 5 * b for cells, a, b in _spans(c))
+    if c.block != "embbert":
+        return front
+    assert isinstance(c.kernel, int)
+    inside = c.hidden * (c.kernel + 1) + c.hidden * c.width + (c.width if c.bias else 0) + 4 * c.width
+    return front + c.layers * inside
 
 
 def count(config: ModelConfig) -> int:
@@ -220,13 +273,19 @@ def size(config: ModelConfig) -> Size:
         *[(c.width, c.hidden)] * inputs,
         (c.hidden, c.width),
     ]
-    tables = [(c.width, c.vocab)]
-    tables += [(c.width, c.context)] if groups["position embedding"] else []
+    if c.block == "embbert":
+        inside = [(c.width, c.width), (c.width, c.width), (c.hidden, c.width)]
+    rank = c.embed_rank or c.width
+    tables = [(rank, c.vocab)]
+    tables += [(rank, c.context)] if groups["position embedding"] else []
+    tables += [(rank, c.width)] * (groups["embedding expansion"] // (rank * c.width))
     tables += [(c.width, c.token_types)] if c.token_types else []
     own = {"untied": [(c.width, c.vocab)], "mlm": [(c.width, c.width)]}
-    own["classes"] = [(c.width, c.width), (c.width, c.classes)]
+    own["classes"] = [*[(c.width, c.width)] * c.pooler, (c.width, c.classes)]
     tables += own.get(c.head, [])
     inner = c.layers * sum(a * b for a, b in inside)
+    filters = c.width * sum(cells * a * b for cells, a, b in _spans(c))  # an image cell per feature
+    filters += groups["embedding expansion"] + (c.layers * c.hidden * c.kernel if c.block == "embbert" else 0)
     outer = sum(a * b for a, b in tables)
     scales = 4 * (c.layers * sum(b for _, b in inside) + sum(b for _, b in tables))
     rest = 4 * (total - inner - outer)
@@ -236,10 +295,34 @@ def size(config: ModelConfig) -> Size:
     return Size(
         groups=groups,
         total=total,
-        body=groups["attention"] + groups["mlp"] + groups["norms"],
-        flops=round(2 * (inner + heads) + 4 * q * seen),
+        body=groups["attention"] + groups["mlp"] + groups["convolutions"] + groups["norms"],
+        flops=round(2 * (inner + filters + heads) + 4 * q * seen),
         kv_bytes=4 * 2 * c.layers * kv,
         float32=4 * total,
         int8=inner + outer + scales + rest,
         ternary=round(inner * 1.6 / 8) + 4 * c.layers * len(inside) + outer + 4 * sum(b for _, b in tables) + rest,
     )
+
+
+def working_set(config: ModelConfig, *, weight: float = 4, matrix: float = 4, activation: float = 4) -> int:
+    """Bytes that a pass over a full context needs at once as EmbBERT-Q counts them (2502.10001): all weights but the
+    head's, and the values of attention, context^2 per head and two rows of features per position.
+
+    Args:
+        weight: bytes of a parameter. matrix: of one inside a matrix that multiplies (blocks and expansion); below 2
+            there is a float32 scale per output too. activation: of a value that is computed.
+    """
+    c, groups = config, parameters(config)
+    outputs = {"attention": c.heads * c.head_width + 2 * c.kv_heads * c.head_width + c.width, "mlp": c.hidden + c.width}
+    if c.block == "embbert":
+        inside, outs = 2 * c.width * c.width + c.hidden * c.width, 3 * c.width
+    else:
+        inputs = 2 if c.mlp in GATED else 1
+        inside = c.width * outputs["attention"] + (inputs + 1) * c.width * c.hidden
+        outs = outputs["attention"] + outputs["mlp"] + (inputs - 1) * c.hidden
+    expansions = groups["embedding expansion"]
+    multiplied = c.layers * inside + expansions
+    rest = sum(groups.values()) - groups["head"] - multiplied
+    scales = 4 * (c.layers * outs + expansions // (c.embed_rank or 1)) if matrix < 2 else 0
+    values = c.heads * c.context**2 + 2 * c.context * c.width
+    return round(matrix * multiplied + weight * rest + scales + activation * values)

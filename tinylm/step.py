@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ import optax
 
 from tinylm import ops, optim
 from tinylm.data import Batch
-from tinylm.losses import Rows, head_nats
+from tinylm.losses import Rows, class_nats, head_nats
 from tinylm.model import Transformer
 from tinylm.spread import Layout
 from tinylm.techniques import ticked
@@ -40,6 +40,8 @@ def cross_entropy(
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """The sum to minimise (cross-entropy plus z-loss); the summed cross-entropy in nats, and its summed weights."""
     x, _ = model.trunk(batch.tokens, positions=batch.positions, segments=batch.segments, key=key)
+    if jnp.ndim(batch.targets) == 1:  # a class per text
+        return class_nats(model.unembed(x, segments=batch.segments), batch.targets, batch.weights)
     targets = jnp.asarray(batch.targets).reshape(-1)
     weights = jnp.ones(targets.shape) if batch.weights is None else jnp.asarray(batch.weights).reshape(-1)
     x = x.reshape(-1, x.shape[-1])
@@ -51,6 +53,11 @@ def cross_entropy(
     return total, (nats, jnp.float32(weights.size) if batch.weights is None else weights.sum())
 
 
+def fetching(params: Mapping[str, Any], batch: Batch) -> dict[str, Any]:
+    """The parts of a model's state that a batch sets for itself: which memories its rows fetch."""
+    return {} if batch.fetched is None else {n: batch.fetched for n in params if n.rpartition(".")[2] == "fetched"}
+
+
 def step_of(graph: Any, recipe: optim.Recipe, drops: bool) -> Callable:
     """One training step `(state, batch, rate, seed, knobs) -> (state, figures)`, to be compiled.
 
@@ -60,6 +67,7 @@ def step_of(graph: Any, recipe: optim.Recipe, drops: bool) -> Callable:
 
     def loss(params: dict, kept: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         compute = {**jax.tree.map(lambda p: p.astype(dtype), params), **kept}  # float32 masters, `dtype` arithmetic
+        compute |= fetching(kept, batch)
         with contextlib.nullcontext() if recipe.native else ops.plain():
             return cross_entropy(bind(graph, compute), batch, key if drops else None, recipe.z_loss)
 
@@ -139,4 +147,4 @@ def compiled_updates(graph: Any, recipe: optim.Recipe, drops: bool) -> Callable:
 @functools.lru_cache(maxsize=32)
 def compiled_loss(graph: Any) -> Callable:
     """`(params, batch) -> (summed nats, summed weights)`, without dropout."""
-    return jax.jit(lambda params, batch: cross_entropy(bind(graph, params), batch, None)[1])
+    return jax.jit(lambda p, batch: cross_entropy(bind(graph, {**p, **fetching(p, batch)}), batch, None)[1])

@@ -7,6 +7,8 @@ its way. It returns the value to go on with. Nothing is attached to the model, s
     seen = {}
     model(tokens, tap=recording(seen, r"blocks\\.\\d+\\.resid"))
     model(other, tap=patching({"blocks.0.resid": seen["blocks.0.resid"]}))
+    model(tokens, tap=ablating(r"blocks\\.0\\.attn\\.heads", "mean", numpy.s_[:, :, 1]))
+    model(tokens, tap=steering({"blocks.1.resid": direction}, scale=4.0))
 
 A tap that carries a method `wants(site) -> bool` is not asked about other sites; the model then keeps its fast paths
 (a GPU's attention kernel gives way only to a tap that wants the pattern). A plain function is asked about all.
@@ -19,9 +21,11 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 
 from tinylm.config import suggest
@@ -162,3 +166,76 @@ class _Composed:
 def compose(*taps: Tap) -> Tap:
     """All of `taps`, first to last: `compose(patching(p), recording(seen))` records what was patched in."""
     return _Composed(taps)
+
+
+@dataclasses.dataclass(frozen=True)
+class ablating:
+    """Tap that takes out what flows through the sites whose whole name matches the regex.
+
+    Args:
+        sites: regex for whole names.
+        by: "zero"; "mean" of this batch over rows and positions; "resample": the value of another row of the batch
+            (row i gets that of row i + 1, so a single row stays as it is); or a mapping of site to the value to put
+            there, which is spread over rows and positions, such as a mean over a corpus.
+        at: index into the value, such as `numpy.s_[:, :, 1]` for head 1 of `attn.heads`; all of it by default.
+
+    Raises ValueError for another `by`, and at the end of a forward pass without any such site.
+    """
+
+    sites: str
+    by: Any = "zero"
+    at: Any = ...
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.by, Mapping) and self.by not in ("zero", "mean", "resample"):
+            raise ValueError(f"by = {self.by!r}: ablate by zero, mean, resample or a mapping of site to value")
+
+    def __call__(self, site: str, x: Array) -> Array:
+        if not self.wants(site):
+            return x
+        if isinstance(self.by, Mapping):
+            if site not in self.by:
+                raise ValueError(f"no value to put at {site!r}{suggest(site, self.by)}")
+            new = jnp.broadcast_to(jnp.asarray(self.by[site], x.dtype), x.shape)
+        elif self.by == "zero":
+            new = jnp.zeros_like(x)
+        elif self.by == "mean":
+            new = jnp.broadcast_to(x.mean((0, 1), keepdims=True), x.shape)
+        else:
+            new = jnp.roll(x, -1, axis=0)
+        return x.at[self.at].set(new[self.at])
+
+    def wants(self, site: str) -> bool:
+        return re.fullmatch(self.sites, site) is not None
+
+    missed = recording.missed
+
+
+@dataclasses.dataclass(frozen=True)
+class steering:
+    """Tap that adds `scale * vectors[site]` to the value at each of its sites, spread over rows and positions.
+
+    Raises ValueError when a vector does not fit, and at the end of a forward pass that lacks one of the sites.
+    """
+
+    vectors: Mapping[str, Any]
+    scale: Any = 1.0
+    at: Any = ...
+
+    def __call__(self, site: str, x: Array) -> Array:
+        if site not in self.vectors:
+            return x
+        vector = jnp.asarray(self.vectors[site])
+        target = jax.eval_shape(lambda y: y[self.at], x).shape
+        tail = target[len(target) - vector.ndim :]
+        if vector.ndim > len(target) or any(a not in (1, b) for a, b in zip(vector.shape, tail, strict=True)):
+            raise ValueError(f"cannot steer {site}: it has shape {target}, the vector {vector.shape}")
+        return x.at[self.at].add((self.scale * vector).astype(x.dtype))
+
+    def wants(self, site: str) -> bool:
+        return site in self.vectors
+
+    def missed(self, sites: set[str]) -> None:
+        for site in self.vectors:
+            if site not in sites:
+                raise ValueError(f"no site {site!r} to steer{suggest(site, sorted(sites))}")

@@ -97,10 +97,9 @@ class NoTracker:
         """Called with "done", "interrupted", "stopped" or "diverged"."""
 
 
-# --- batches ----------------------------------------------------------------------------------------------------------
-
-
 # --- the loop ---------------------------------------------------------------------------------------------------------
+
+copies = jax.jit(functools.partial(jax.tree.map, jnp.copy))
 
 
 class Interrupt:
@@ -174,8 +173,8 @@ class Trainer:
         self.graph, params = pure(model)
         self.recipe = optim.Recipe.of(config)
         self.layout = layout(config)
-        self.update = compiled_update(self.graph, self.recipe, model.config.dropout > 0, self.layout)
-        params = jax.tree.map(jnp.copy, params)  # the step reuses their buffers; the model keeps its own
+        self.update = compiled_update(self.graph, self.recipe, model.config.draws, self.layout)
+        params = copies(params)  # the step reuses their buffers; the model keeps its own
         still = fixed(self.graph, params)
         opt = optim.build(self.recipe).init({name: x for name, x in params.items() if name not in still})
         self.state = self._placed(State(params, opt, jnp.int32(0), jnp.bool_(False)))
@@ -384,7 +383,7 @@ class Trainer:
     def sync(self) -> None:
         """Give the model the current weights (copies: the loop goes on with its own)."""
         params = optim.evaluated(self.state.params, self.state.opt)
-        assign(self.model, jax.tree.map(jnp.copy, params if self.layout is None else gathered(params)))
+        assign(self.model, copies(params if self.layout is None else gathered(params)))
 
     def validate(self) -> dict[str, float]:
         """Nats per token on `eval_batches` fixed validation batches, and bits per byte where the bytes are known."""

@@ -358,6 +358,7 @@ def _require(config: ModelConfig, name: str) -> None:
     said: dict[str, Any] = {**ARCHITECTURES[name].fixed, **ARCHITECTURES[name].open}
     said = {key: values for key, values in said.items() if values != ()}
     said["attention_scale"] = (0.0, config.head_width**-0.5)
+    said |= {"pooling": ("cls",), "pooler": (True,), "embed_rank": (0,), "convs": (0,)}
     if "rotary" in said:
         said["rotary"] = (0, config.head_width)
     if config.layers > LAYERS:

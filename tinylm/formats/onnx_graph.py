@@ -75,6 +75,12 @@ def write(model: Transformer, path: PathLike, *, dtype: Dtype = "float32") -> Pa
     """
     if dtype not in get_args(Dtype):
         raise FormatError(f"dtype = {dtype!r}: must be one of {', '.join(get_args(Dtype))}")
+    plain = {"pooling": "cls", "pooler": True, "embed_rank": 0, "convs": 0}
+    changed = {
+        name: getattr(model.config, name) for name, usual in plain.items() if getattr(model.config, name) != usual
+    }
+    changed |= {"block": model.config.block} if model.config.block not in BLOCKS else {}
+    complain([f"{name} = {value!r} has no place in this format" for name, value in changed.items()])
     graph = Graph({name: np.asarray(value, np.float32) for name, value in named(model).items()}, dtype)
     expected = shapes(model.config)
     complain([f"{name} has no place in this format" for name in sorted(graph.params.keys() - expected)])

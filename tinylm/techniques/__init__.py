@@ -30,6 +30,11 @@ BUILT_IN: dict[str, str] = {  # name -> file of this room, imported on first use
     "int2": "integer",
     "lsq": "integer",
     "quantized": "quantized",
+    "memory": "memory",
+    "memory_lora": "memory",
+    "memory_kv": "memory",
+    "codebook": "codebook",
+    "mask": "mask",
 }
 _known: dict[str, type[Technique]] = {}
 
