@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from tinylm import population, step
 from tinylm.checkpoint import load
 from tinylm.config import ConfigError, ModelConfig, TrainConfig
 from tinylm.data import Windows
@@ -59,6 +60,19 @@ def test_members_are_what_they_would_be_alone(tokens):
         assert member.history[-1].valid_loss == pytest.approx(other.history[-1].valid_loss, rel=1e-4)
         assert member.outcome == "done"
     assert len({member.losses[-1] for member in together.members}) == 6
+
+
+def test_side_by_side_is_in_turn(tokens, monkeypatch):
+    """A GPU takes the members side by side, a CPU one after the other: one batched program, and its slow twin."""
+    configs = CONFIG.grid(seed=[0, 5], learning_rate=[1e-2, 3e-3])
+    in_turn = train_many(MODEL, tokens, configs)
+    list(in_turn)
+    monkeypatch.setattr(step, "device", lambda: ("gpu", 9.0))
+    monkeypatch.setattr(population, "compiled_updates", step.compiled_updates.__wrapped__)  # nothing kept
+    side_by_side = train_many(MODEL, tokens, configs)
+    list(side_by_side)
+    for one, other in zip(in_turn.members, side_by_side.members, strict=True):
+        assert same(one, other) < 1e-4
 
 
 @pytest.mark.parametrize("settings", [

@@ -70,7 +70,7 @@ PUBLIC = {
     "export": "engine.export",
     "classify": "classification",
     "Committee": "classification",
-    "add_memory": "memory",
+    "add_memory": "techniques.memory",
 }
 # Rooms with names of their own to offer, as `tinylm.probe.logit_lens`.
 WITHIN = ("classification", "codebooks", "memory", "probe", "quantization", "suite")

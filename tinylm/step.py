@@ -18,7 +18,7 @@ import optax
 from tinylm import ops, optim
 from tinylm.data import Batch
 from tinylm.losses import Rows, class_nats, head_nats
-from tinylm.model import Transformer
+from tinylm.model import Transformer, device
 from tinylm.spread import Layout
 from tinylm.techniques import ticked
 from tinylm.weights import bind, fixed
@@ -132,9 +132,12 @@ def compiled_update(graph: Any, recipe: optim.Recipe, drops: bool, layout: Layou
 def compiled_updates(graph: Any, recipe: optim.Recipe, drops: bool) -> Callable:
     """The same for N models at once: arrays of state, batches, seeds and knobs have N in front, rates are (steps N).
 
-    `knobs` are settings of the recipe that differ from member to member; figures are (steps N).
+    `knobs` are settings of the recipe that differ from member to member; figures are (steps N). A GPU computes all
+    members side by side. A CPU takes them in turn inside the program: one member's activations stay in its cache, eight
+    members' do not.
     """
-    every = jax.vmap(step_of(graph, recipe, drops))
+    one = step_of(graph, recipe, drops)
+    every = (lambda *of: jax.lax.map(lambda own: one(*own), of)) if device()[0] == "cpu" else jax.vmap(one)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state: State, batches: list[Batch], rates: jax.Array, seeds: jax.Array, knobs: dict[str, jax.Array]):
