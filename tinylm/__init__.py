@@ -71,6 +71,7 @@ PUBLIC = {
     "classify": "classification",
     "Committee": "classification",
     "add_memory": "techniques.memory",
+    "discretize": "techniques.codebook",
 }
 # Rooms with names of their own to offer, as `tinylm.probe.logit_lens`.
 WITHIN = ("classification", "codebooks", "memory", "probe", "quantization", "suite")
