@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,7 @@ from tinylm.config import ConfigError, ModelConfig, TrainConfig
 from tinylm.data import DataError, Labelled
 from tinylm.evaluation import EvaluationError
 from tinylm.model import Transformer, shapes
+from tinylm.parts import LastClassHead
 from tinylm.presets import count, preset, working_set
 from tinylm.quantization import quantize
 from tinylm.resuming import resume
@@ -115,6 +117,26 @@ def test_the_engine_refuses_other_pooling(pooling, tmp_path):
         export(Transformer(config), tmp_path / "m.tlm")
 
 
+def test_batch_norms_are_settled_on_texts_of_every_class():
+    """Sets come sorted by class: the first batches would be those of one class."""
+    config = ModelConfig.from_dict({**SMALL, **MODELS["convolutional"], "head": "classes", "classes": 2})
+    model = Transformer(config.replace(init_std=1.0))
+    tokens = np.repeat(np.array([[3], [4]], np.int32), 20, axis=0).repeat(9, axis=1)
+    means = []
+    for rows, calls in ((tokens[:20], 4), (tokens, 8), (tokens, 4)):  # one class; all texts; half of the texts
+        settle(model, rows, np.ones_like(rows), batch=5, calls=calls)
+        means.append(np.asarray(named(model)["front.batch.0.mean"]))
+    assert np.abs(means[2] - means[1]).max() < 0.5 * np.abs(means[0] - means[1]).max()
+
+
+def test_the_last_position_is_counted_in_whole_numbers():
+    """bfloat16 has 8 bits: 259 ones add up to 260 in it."""
+    head = LastClassHead(ModelConfig.from_dict({**SMALL, "width": 1, "heads": 1, "head_width": 2, "head": "classes",
+                                                "classes": 2}))  # fmt: skip
+    x, real = jnp.arange(300.0)[None, :, None], (jnp.arange(300) < 259)[None].astype(jnp.bfloat16)
+    assert int(head.pool(x, real)[0, 0]) == 258
+
+
 def test_batch_norms_are_settled_by_the_batches_own_statistics():
     config = ModelConfig.from_dict({**SMALL, **MODELS["convolutional"], "head": "classes", "classes": 2})
     model = Transformer(config)
@@ -163,6 +185,9 @@ def test_every_kind_of_file(tmp_path):
         "In [t] York [/t] , [h] Ann Lee [/h] sang", "[h] [t] Bo [/t] [/h] ate",
     )  # fmt: skip
     assert read_set([("a", "x"), ("b", "y")], limit=2).names == ("x", "y")
+    numbers = [("a", "2"), ("b", "0")]
+    assert read_set(numbers, names=["2", "1", "0"]).labels.tolist() == [0, 2]  # by name, where they are names
+    assert read_set([("a", 1), ("b", 0)], names={0: "no", 1: "yes"}).names == ("no", "yes")
     made = World().classification("topic", classes=3, n=6)
     assert read_set(made).labels.tolist() == made.labels.tolist()
     assert marked(["a", "b"], [0], [1]) == "[h] a [/h] [t] b [/t]"
@@ -179,6 +204,9 @@ def test_every_kind_of_file(tmp_path):
     ("a.jsonl", '{"text": "x", "label": "a"}', {"markers": True}, "no places of its entities"),
     ("a.jsonl", '{"text": "x", "label": 5}', {"names": ["a", "b"]}, "class 5 is not among the 2 names"),
     ("a.jsonl.gz", None, {}, "there is no file"),
+    ("a.jsonl", '{"text": null, "label": "a"}', {}, "row 1: no text or no class"),
+    ("a.jsonl", '{"text": "x", "label": NaN}', {}, "row 1: no text or no class"),
+    ("a.csv", "text,label\none, two,a\n", {}, "line 2: 3 cells, and 2 in the first"),
     ("a.json", '{"P1": [3]}', {}, "not in FewRel's form"),
     ("a.jsonl", '{"text": "x", "label": "a"}', {}, "at least two different names"),
 ])  # fmt: skip
@@ -203,6 +231,11 @@ def test_subsamples_are_balanced_apart_and_repeatable():
     learn, held = whole.split(0.34, seed=2)
     assert (held.counts.tolist(), len(learn) + len(held)) == ([3, 3, 3], 27)
     assert set(learn.texts) | set(held.texts) == set(whole.texts)
+    few, most = whole.take([0, 1, 9, 10, 18]).split(0.9)  # nothing is held out of a single text, and never all
+    assert (few.counts.tolist(), most.counts.tolist()) == ([1, 1, 1], [1, 1, 0])
+    other = whole.only(["c", "a"]).numbered_as(whole.names)
+    assert (other.names, other.labels.tolist()) == (whole.names, [0] * 9 + [2] * 9)
+    assert whole.numbered_as(["0", "1", "2"]) is whole
     assert whole.only(["c", "a"]).labels.tolist() == [1] * 9 + [0] * 9
     assert (PROTOCOLS["fewrel"].train, PROTOCOLS["fewrel"].test) == (630, 70)
     for call, message in [
@@ -212,6 +245,11 @@ def test_subsamples_are_balanced_apart_and_repeatable():
         (lambda: PROTOCOLS["ag_news"](whole), "give test="),
         (lambda: Dataset(("x",), np.array([2]), ("a", "b")), "from 0 to 1"),
         (lambda: Dataset((), np.array([]), ("a", "b")), "0 texts"),
+        (lambda: Dataset(("x",), np.array([[0]]), ("a", "b")), "must be sequences"),
+        (lambda: Dataset("x", np.array([0]), ("a", "b")), "must be sequences"),
+        (lambda: whole.numbered_as(["a", "b", "d"]), "lacks 1, such as 'c'"),
+        (lambda: read_set(["ab", "cd"]), "pair 1 is 'ab'"),
+        (lambda: read_set(None), "None is no set"),
     ]:
         with pytest.raises(SetError, match=message):
             call()
@@ -280,6 +318,12 @@ def test_figures_against_slow_twins():
         assert 0 < low < found[name] < high < 1
     assert wilson(8, 10) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))  # Wilson's own example
     assert wilson(0, 5)[0] == 0.0
+    whole = found.figures["macro_f1"].ci95
+    with pytest.MonkeyPatch.context() as patch:  # many classes: fewer matrices at a time, the same draws
+        patch.setattr("tinylm.classification.metrics.CELLS", 1000)
+        assert classified(logits, labels, "abcde").figures["macro_f1"].ci95 == whole
+    with pytest.raises(EvaluationError, match="do not fit"):
+        classified(logits, labels - 1, "abcde")
     with pytest.raises(EvaluationError, match="not finite"):
         classified(logits * np.inf, labels, "abcde")
     with pytest.raises(EvaluationError, match="do not fit"):
@@ -336,6 +380,24 @@ def test_fine_tuning_learns_and_leaves_the_models_alone(tuned, shape):
     assert len(seen) == max(len(one.history) for one in found)
     assert set(found[0].predict(test.texts[:6])) <= set(test.names)
     assert evaluate_classes(found[0].model, test)["accuracy"] == found[0].evaluate(test)["accuracy"]
+
+
+def test_an_interrupt_ends_fine_tuning(tokenizer, shape):
+    """Ctrl-C is no way to get a classifier that learned half of it."""
+    with pytest.raises(KeyboardInterrupt):
+        classify(Transformer(shape, tokenizer=tokenizer), spotted(48, 0), valid=None, epochs=3,
+                 progress=lambda newest: signal.raise_signal(signal.SIGINT))  # fmt: skip
+
+
+def test_a_member_that_never_learned_is_no_result(tuned):
+    given = {**TUNING, "learning_rate": 1e30, "valid": None}
+    with pytest.raises(SetError, match=r"models \[0, 1\] diverged"), pytest.warns(UserWarning, match="is dropped"):
+        classify_many(tuned[0], spotted(96, 0), **given)
+
+
+def test_another_pooling_takes_another_head(tuned):
+    found = classify(tuned[1][0].model, spotted(96, 0), valid=None, epochs=1, pooling="cls")
+    assert (tuned[1][0].model.config.pooling, found.model.config.pooling) == ("mean", "cls")
 
 
 def test_members_are_what_they_would_be_alone(tuned):
@@ -403,6 +465,14 @@ def test_bad_fine_tuning(tuned, tokenizer, shape):
     for call, message in [
         (lambda: classify(bare, spotted(9, 0)), "the model has no tokenizer"),
         (lambda: classify(models[0], spotted(9, 0), epochs=0), "epochs = 0"),
+        (lambda: classify(models[0], spotted(9, 0), valid=1), "valid = 1: a Dataset, a share"),
+        (lambda: classify(models[0], [("sun", "light")]), "a list is no Dataset"),
+        (lambda: classify_many(models, spotted(9, 0), seed=3), "seed: give seeds instead"),
+        (lambda: classify(models[0], spotted(9, 0), steps=3), "steps: give epochs instead"),
+        (lambda: classify_many(models, spotted(9, 0), seeds=[1], together=False), "2 models and 1 seeds"),
+        (lambda: snapshots(models[0], spotted(9, 0), members=1, epochs=1, valid=0.5), "valid: every member"),
+        (lambda: found[0].predict("the sun"), "put it in a list"),
+        (lambda: masked_texts(models[0], "the sun"), "put it in a list"),
         (lambda: classify_many(models, spotted(9, 0), seeds=[1]), "2 models and 1 seeds"),
         (lambda: found[0].evaluate(Dataset(("x",), np.array([0]), ("a", "b"))), "3 classes and the set 2"),
         (lambda: scores(models, ["x"]), "with_classes|see classify"),
@@ -449,6 +519,7 @@ def test_the_papers_run_faithful_and_fixed():
     assert rate(tune, 0, 0.0) == pytest.approx(5e-5)
     assert rate(tune, 4999, 4999 / 5000) == pytest.approx(5e-5 / 50)
     better = room.fixed(3200)
+    assert (better.learning_rate, room.fixed(3200, width=64, tune=True).learning_rate) == (0.4 / 768, 0.2 / 64)
     assert (better.stairs, better.clip, better.warmup) == (0, 1.0, 300)
     assert len({rate(better, step, step / better.steps) for step in range(200)}) == 200
 

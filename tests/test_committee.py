@@ -66,6 +66,10 @@ def test_rules_by_hand():
         combined(LOGITS, "logit")
     with pytest.raises(SetError, match="2 weights for 3 members"):
         combined(LOGITS, weights=[1, 2])
+    with pytest.raises(SetError, match="must be finite"):
+        combined(LOGITS, weights=[1, np.nan, 2])
+    with pytest.raises(SetError, match=r"logits of shape \(4, 2\)"):
+        combined(LOGITS[0])
 
 
 def test_learned_weights_are_the_least_of_the_loss():
@@ -184,7 +188,7 @@ class Options:
     """What the parser gives."""
 
     test, out, members, epochs, batch, learning_rate = None, None, 2, 1, 4, 1e-3
-    balance, markers, limit, seed = False, False, None, 0
+    balance, markers, limit, seed, pooling = False, False, None, 0, None
 
     def __init__(self, **given):
         self.__dict__.update(given)
@@ -198,12 +202,37 @@ def test_the_command_fine_tunes_and_evaluates(members, tmp_path):
     save(Transformer(members[0].config.replace(head="mlm", classes=0), tokenizer=members[0].tokenizer), tmp_path / "m")
     told = []
     given = {"folder": str(tmp_path / "m"), "data": str(tmp_path / "a.jsonl"), "out": str(tmp_path / "c")}
-    figures, text = classify_command(Options(**given), told.append)
+    figures, text = classify_command(Options(**given, pooling="mean"), told.append)
+    assert Committee.load(tmp_path / "c").members[0].config.pooling == "mean"
     assert (figures["members"], len(figures["alone"]), len(told)) == (2, 2, 1)
     assert 0 <= json.loads(json.dumps(figures))["figures"]["accuracy"]["value"] <= 1
     assert "members alone" in text
     again, _ = classify_command(Options(folder=str(tmp_path / "c"), data=str(tmp_path / "a.jsonl")), told.append)
     assert (again["members"], again["figures"]["accuracy"]["units"]) == (2, 20)
+
+
+def test_the_worlds_test_texts_are_not_those_that_were_learned(members, tmp_path, monkeypatch):
+    from tinylm.checkpoint import save
+    from tinylm.classification import command
+
+    save(Transformer(members[0].config.replace(head="mlm", classes=0), tokenizer=members[0].tokenizer), tmp_path / "m")
+    seen = {}
+    monkeypatch.setattr(command, "classify_many", lambda models, learn, **_: seen.update(learn=learn))
+    test = Committee(members)
+    monkeypatch.setattr(test, "evaluate", lambda found: (_ for _ in ()).throw(SetError(found.texts)))
+    monkeypatch.setattr(command.Committee, "of", lambda tuned: test)
+    with pytest.raises(SetError) as told:
+        classify_command(Options(folder=str(tmp_path / "m"), data="world", test="world", limit=40), print)
+    assert not set(seen["learn"].texts) & set(told.value.args[0])
+
+
+def test_classes_are_matched_by_name(committee):
+    """A set with fewer classes, numbered in another way, is the same to a committee that knows their names."""
+    other = Dataset(TEXTS[1:], np.array([1, 1, 0]), ("wood", "water"))
+    found = committee.evaluate(other)
+    wanted = committee.logits(TEXTS[1:]).argmax(-1) == [1, 1, 2]
+    assert found.items["accuracy"].tolist() == wanted.tolist()
+    assert found.names == DATA.names
 
 
 # --- analyses ---------------------------------------------------------------------------------------------------------

@@ -18,13 +18,14 @@ from tinylm.probe.patching import baseline
 from tinylm.probe.rotation import rotations, turn
 from tinylm.probe.units import neuron_browser, neurons
 from tinylm.taps import ablating, patching, steering
-from tinylm.techniques import edit
+from tinylm.techniques import EditError, edit
 from tinylm.weights import assign, bind, named, pure
 
 SMALL = {"vocab": 23, "context": 12, "width": 16, "layers": 2, "heads": 2, "init_std": 0.3}
 RNG = np.random.default_rng(0)
 CLEAN = RNG.integers(0, 23, (2, 7), dtype=np.int32)
 CORRUPT = np.where(np.arange(7) == 3, (CLEAN + 5) % 23, CLEAN).astype(np.int32)
+TOKENS = Tokens.from_array(RNG.integers(0, 23, 300), vocab=23)
 METRIC = probe.logit_difference([3, 4], [5, 6])
 MODEL = Transformer(ModelConfig(**SMALL))
 OTHERS = {
@@ -145,6 +146,23 @@ def test_paths():
         (lambda: probe.sweep(MODEL, CLEAN, CORRUPT, METRIC, "haeds"), "did you mean 'heads'"),
         (lambda: probe.paths(MODEL, CLEAN, CORRUPT, METRIC, ["blocks.7.mlp"]), "no site matches"),
         (lambda: probe.logit_difference([1], [1, 2]), "one pair per row"),
+        (lambda: probe.logit_difference([], []), "one pair per row"),
+        (lambda: probe.logit_difference([-1], [2]), "right: id -1"),
+        (lambda: probe.baseline(MODEL, CLEAN, probe.logit_difference([3, 99], [5, 5])), "right: id 99"),
+        (lambda: probe.baseline(MODEL, CLEAN[:1], METRIC), "2 pairs of tokens for 1 rows"),
+        (lambda: probe.baseline(MODEL, CLEAN + 99, METRIC), "outside 0..22"),
+        (lambda: probe.baseline(MODEL, CLEAN[0], METRIC), "rows of equal shape"),
+        (lambda: probe.baseline(MODEL, CLEAN, lambda logits: logits[0, -1]), "must make one number"),
+        (lambda: probe.sweep(MODEL, CLEAN, CORRUPT, METRIC, last=0), "last = 0"),
+        (lambda: probe.sweep(MODEL, CLEAN, CORRUPT, METRIC, chunk=0), "chunk = 0"),
+        (lambda: probe.paths(MODEL, CLEAN, CORRUPT, METRIC, ["logits"]), "None stands for the logits"),
+        (lambda: probe.paths(MODEL, CLEAN, CORRUPT, METRIC, "blocks.1.mlp"), "give a list of sites"),
+        (lambda: probe.gradient(MODEL, CLEAN, METRIC, "logits"), "a site before them"),
+        (lambda: probe.direct(MODEL, CLEAN, last=-2), "last = -2"),
+        (lambda: probe.direct(MODEL, CLEAN, [99]), "ids: id 99"),
+        (lambda: probe.direct(MODEL, CLEAN[0]), "rows of ids"),
+        (lambda: probe.patterns(MODEL, CLEAN[0]), "rows of ids"),
+        (lambda: record(MODEL, CLEAN, batch=0), "batch = 0"),
     ],
 )
 def test_sweeps_refuse(call, message):
@@ -177,6 +195,40 @@ def test_direct_attribution_needs_a_sum():
     for more, message in (({"block": "post"}, "post-norm"), ({"head": "none"}, "more than a matrix")):
         with pytest.raises(DataError, match=message):
             probe.direct(Transformer(ModelConfig(**{**SMALL, **more})), CLEAN)
+
+
+@pytest.mark.parametrize("front", [False, True])
+def test_attribution_and_sweeps_behind_a_front_end_and_a_codebook(front):
+    """What the first block reads, and attention in a wrapper: both parts of a sum that must stay whole."""
+    more = {"kind": "encoder", "convs": 2, "channels": 4, "kernel": 3, "positions": "learned"} if front else {}
+    model = Transformer(ModelConfig(**SMALL, **more))
+    if not front:
+        edit(model, r"blocks\.\d+\.attn", "codebook")
+    found = probe.direct(model, CLEAN, 3)
+    assert found.error < 1e-4
+    np.testing.assert_allclose(found.logits[..., 0], np.asarray(model(CLEAN))[:, -1:, 3], atol=1e-4)
+    everything = probe.sweep(model, CLEAN, CORRUPT, METRIC, "resid_pre", positions=False)
+    np.testing.assert_allclose(everything, baseline(model, CLEAN, METRIC), atol=1e-4)
+    edit(model, r".*\.(o|down)", "memory_lora")
+    assert probe.direct(model, CLEAN, 3).error < 1e-4
+    assert neurons(model, CLEAN).top.shape == (64, 2)
+    with pytest.raises(EditError, match="LoRAMemory is more than a matrix"):
+        edit(model, r".*\.down", "mask")
+
+
+def test_a_classifier_is_patched_by_its_classes():
+    """The head pools all positions, whatever `last` says."""
+    more = {"kind": "encoder", "head": "classes", "classes": 3, "positions": "learned", "norm": "layernorm"}
+    model = Transformer(ModelConfig(**SMALL, **more))
+    metric = probe.logit_difference(2, 0)
+    scores = np.asarray(model(CLEAN))
+    assert baseline(model, CLEAN, metric) == pytest.approx((scores[:, 2] - scores[:, 0]).mean(), abs=1e-5)
+    found = probe.sweep(model, CLEAN, CORRUPT, metric, "resid_pre")
+    assert found[0, 3] == pytest.approx(baseline(model, CLEAN, metric), abs=1e-4)
+    assert found[0, 0] == pytest.approx(baseline(model, CORRUPT, metric), abs=1e-4)
+    for call in (lambda: probe.signal(model, CLEAN), lambda: probe.tuned_lens(model, TOKENS)):
+        with pytest.raises(DataError, match='"classes" head predicts no tokens'):
+            call()
 
 
 def test_gradients():
@@ -280,6 +332,14 @@ def test_browsers_are_small_and_inert():
         assert view.text
     with pytest.raises(DataError, match="no tokenizer"):
         attention_browser(MODEL, "text")
+    for wrong in ({"layers": [7]}, {"layers": []}, {"head": (0, 9)}, {"head": (-1, 0)}):
+        with pytest.raises(DataError, match=next(iter(wrong))):
+            attention_browser(MODEL, ids, **wrong)
+    some = probe.heat_map([[1, np.nan], [np.inf, 2]], title="t")
+    assert "from 1.00 to 2.00; largest at 1, 1" in some.text
+    for values, labels in ((np.full((2, 2), np.nan), []), (np.zeros((2, 2, 2)), []), (np.eye(2), ["a"])):
+        with pytest.raises(DataError, match="heat map|labels for 2 rows"):
+            probe.heat_map(values, rows=labels)
 
 
 # --- neurons, linear maps, theory -------------------------------------------------------------------------------------
@@ -319,6 +379,11 @@ def test_a_probe_reads_what_is_there_and_its_control_does_not(kind):
     assert found.selectivity[0] > 0.4
     grouped = probe.linear_probe(clear, labels, kind="ridge", types=labels, groups=np.repeat(np.arange(40), 10))
     assert grouped.control[0] > 0.9  # a control label per type can be learned by heart
+    for more in ({"groups": [1, 2]}, {"types": [1]}, {"valid": -1}, {"alpha": -1}, {"steps": 0}):
+        with pytest.raises(DataError, match=next(iter(more))):
+            probe.linear_probe(clear, labels, **more)
+    with pytest.raises(DataError, match="not finite"):
+        probe.linear_probe(clear * np.nan, labels)
     with pytest.raises(DataError, match="single label"):
         probe.linear_probe(clear, np.zeros(400))
 
@@ -358,7 +423,11 @@ def test_sampled_steepness_is_never_above_the_bound(mlp):
             if eps == 1e-3 and mlp != "reglu":
                 assert found.bound < 1.1 * found.sampled + 0.05
     with pytest.raises(DataError, match="a radius above 0"):
-        probe.lipschitz(model, 0, points, 0.0)
+        probe.lipschitz(model, 0, points, np.nan)
+    with pytest.raises(DataError, match="finite points"):
+        probe.lipschitz(model, 0, points * np.nan, 0.1)
+    with pytest.raises(DataError, match="up of layer 0 is a Ternary"):
+        probe.lipschitz(edit(model, r"blocks\.0\.mlp\.up", "ternary"), 0, points, 0.1)
 
 
 def test_the_room_names_what_it_has():

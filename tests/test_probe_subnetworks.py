@@ -77,11 +77,31 @@ def test_rows_are_counted_by_themselves():
         (lambda: probe.Bigrams.count(np.array([0, 7]), 4), "7"),
         (lambda: probe.Bigrams.of_table(np.ones((2, 2))), "rows sum to 1"),
         (lambda: probe.Bigrams.of_table(np.eye(2), [0, 1]), "one above 0"),
+        (lambda: probe.Bigrams.of_table(np.eye(2), [np.nan, 1]), "one above 0"),
+        (lambda: probe.Bigrams.of_table(np.full((2, 2), np.nan)), "rows sum to 1"),
+        (lambda: probe.Bigrams.of_table([[2, -1], [0.5, 0.5]]), "nowhere below 0"),
+        (lambda: probe.Bigrams.of_table(np.zeros((0, 0))), "square"),
+        (lambda: probe.Bigrams.count([0, 1, 2], 4), "a row of ids has shape"),
+        (lambda: probe.Bigrams.count(np.arange(4), 4, piece=-1), "piece = -1"),
     ],
 )
 def test_bigrams_refuse(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("part", ["starts", "successors", "weights", "unigrams"])
+def test_a_damaged_file_of_counts(part, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    path = probe.Bigrams.count(np.arange(6), 6).save(tmp_path / "pairs.safetensors")
+    raw = load_file(path)
+    wrong = {"starts": raw["starts"][:4], "successors": raw["successors"] + 50, "unigrams": raw["unigrams"][:3]}
+    wrong["weights"] = -raw["weights"]
+    save_file({**raw, part: wrong[part].copy()}, path)
+    with pytest.raises(DataError, match="holds no bigram counts"):
+        probe.Bigrams.load(path)
+    assert math.isnan(probe.Bigrams.count(np.array([], int), 4).entropy())
 
 
 # --- masks ------------------------------------------------------------------------------------------------------------
@@ -244,6 +264,13 @@ def test_parts_of_a_model():
     assert part.masks["blocks.0.attn.o"][:4].any()
     with pytest.raises(DataError, match="mask of another model"):
         part.model(Transformer(ModelConfig(**{**SMALL, "width": 16})))
+    with pytest.raises(DataError, match="give booleans"):
+        Subnetwork({"m": np.ones((2, 2), int)})
+    with pytest.raises(DataError, match="at least one matrix"):
+        Subnetwork({})
+    untied = Transformer(ModelConfig(**SMALL, init_std=0.3, head="untied"))
+    head = Subnetwork({"head.out": np.zeros((8, 12), bool)})  # a matrix that is not masked unless asked for
+    assert not np.asarray(head.model(untied)(ids)).any()
     with pytest.raises(DataError, match="no matrix 'x'"):
         part.with_part("x")
 
@@ -281,6 +308,9 @@ def test_spikes_make_a_run_unstable_only_when_late():
     early[50:60] = 4.0
     late[280:] = 4.0
     assert is_stable(calm)
+    small = np.full(300, 0.4)
+    small[250:] = 0.55  # more than a quarter above, and still so at the end
+    assert not is_stable(small)
     assert is_stable(early)
     assert not is_stable(late)
 
@@ -290,6 +320,11 @@ def test_spikes_make_a_run_unstable_only_when_late():
     [
         ({"target": probe.Bigrams.of_table(np.eye(3))}, DataError, "the target knows 3 ids, the model 12"),
         ({"sizes": ()}, DataError, "need at least one"),
+        ({"sizes": (-1,)}, DataError, "penalties and the rate"),
+        ({"sizes": (math.nan,)}, DataError, "penalties and the rate"),
+        ({"data": np.zeros((3, 9), int)}, DataError, "give Tokens"),
+        ({"learning_rate": -1.0}, DataError, "penalties and the rate"),
+        ({"data": Tokens.from_array(np.zeros(40, int), vocab=99)}, DataError, "the texts have 99 ids"),
         ({"rule": "binary"}, EditError, "learns nothing"),
         ({"where": "nothing"}, EditError, "no module matches"),
     ],
@@ -298,4 +333,4 @@ def test_a_search_that_cannot_be(more, error, message):
     given = {"target": None, "steps": 2, **more}
     model, tokens = Transformer(ModelConfig(**SMALL)), Tokens.from_array(np.zeros(40, int), vocab=12)
     with pytest.raises(error, match=message):
-        probe.find(model, tokens, given.pop("target"), **given)
+        probe.find(model, given.pop("data", tokens), given.pop("target"), **given)

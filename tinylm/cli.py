@@ -133,6 +133,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--epochs", type=amount, default=10, metavar="N", help="passes at most (default 10)")
     p.add_argument("--batch", type=amount, default=32, metavar="N", help="texts per step (default 32)")
     p.add_argument("--learning-rate", type=float, default=1e-3, metavar="X", help="its peak (default 0.001)")
+    p.add_argument("--pooling", choices=["cls", "mean", "attention", "last"], metavar="X",
+                   help="read scores off: cls, mean, attention, last (default cls; last of a decoder)")  # fmt: skip
     p.add_argument("--balance", action="store_true", help="rare classes count as much as frequent ones")
     p.add_argument("--markers", action="store_true", help="FewRel: mark both entities")
     p.add_argument("--limit", type=amount, metavar="N", help="only so many texts")

@@ -263,7 +263,7 @@ class LastClassHead(ClassHead):
     """The classifier on the last position, the only one of a decoder that saw all of the text."""
 
     def pool(self, x: Float[Array, "*batch T D"], real: Float[Array, "*batch T"]) -> Float[Array, "*batch D"]:
-        last = jnp.maximum(real.sum(-1).astype(int) - 1, 0)
+        last = jnp.maximum((real > 0).sum(-1) - 1, 0)  # whole numbers: bfloat16 cannot count beyond 256
         return jnp.take_along_axis(x, last[..., None, None], axis=-2)[..., 0, :]
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from tinylm.config import suggest
@@ -92,16 +93,36 @@ def check(tap: Tap) -> None:
         tap.tap.missed(tap.sites)
 
 
+def _require_regex(sites: str) -> None:
+    try:
+        re.compile(sites)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"sites = {sites!r} is no regular expression: {error}") from None
+
+
+def _require_inside(at: Any, site: str, shape: tuple[int, ...]) -> None:
+    """Raise ValueError when an index leaves the value: JAX would clamp it to read, and drop what is written there."""
+    try:
+        np.broadcast_to(np.int8(0), shape)[at]
+    except (jax.errors.TracerArrayConversionError, jax.errors.TracerIntegerConversionError):
+        return  # an index that is traced is known only when the program runs
+    except IndexError as error:
+        raise ValueError(f"at = {at!r} does not index {site}, which has shape {shape}: {error}") from None
+
+
 @dataclasses.dataclass(frozen=True)
 class recording:
     """Tap that keeps the values of all sites whose whole name matches the regex `sites` in `store`.
 
-    Under `jax.jit` return `store` from the jitted function: it holds tracers until then. Raises ValueError at the end
-    of a forward pass without any such site.
+    Under `jax.jit` return `store` from the jitted function: it holds tracers until then. Raises ValueError for what is
+    no regex, and at the end of a forward pass without any such site.
     """
 
     store: MutableMapping[str, Any]
     sites: str = ".*"
+
+    def __post_init__(self) -> None:
+        _require_regex(self.sites)
 
     def __call__(self, site: str, x: Array) -> Array:
         if self.wants(site):
@@ -130,7 +151,7 @@ class patching:
     def __call__(self, site: str, x: Array) -> Array:
         if site not in self.values:
             return x
-        new = self.values[site]
+        new = jnp.asarray(self.values[site])
         if new.shape != x.shape:
             raise ValueError(f"cannot patch {site}: it has shape {x.shape}, the new value {new.shape}")
         return new.astype(x.dtype)
@@ -179,7 +200,8 @@ class ablating:
             there, which is spread over rows and positions, such as a mean over a corpus.
         at: index into the value, such as `numpy.s_[:, :, 1]` for head 1 of `attn.heads`; all of it by default.
 
-    Raises ValueError for another `by`, and at the end of a forward pass without any such site.
+    Raises ValueError for another `by`, a value or an index that does not fit the site, and at the end of a forward pass
+    without any such site.
     """
 
     sites: str
@@ -187,16 +209,21 @@ class ablating:
     at: Any = ...
 
     def __post_init__(self) -> None:
+        _require_regex(self.sites)
         if not isinstance(self.by, Mapping) and self.by not in ("zero", "mean", "resample"):
             raise ValueError(f"by = {self.by!r}: ablate by zero, mean, resample or a mapping of site to value")
 
     def __call__(self, site: str, x: Array) -> Array:
         if not self.wants(site):
             return x
+        _require_inside(self.at, site, x.shape)
         if isinstance(self.by, Mapping):
             if site not in self.by:
                 raise ValueError(f"no value to put at {site!r}{suggest(site, self.by)}")
-            new = jnp.broadcast_to(jnp.asarray(self.by[site], x.dtype), x.shape)
+            new = jnp.asarray(self.by[site], x.dtype)
+            if new.ndim > x.ndim or any(a not in (1, b) for a, b in zip(new.shape[::-1], x.shape[::-1], strict=False)):
+                raise ValueError(f"cannot ablate {site}: it has shape {x.shape}, the value to put there {new.shape}")
+            new = jnp.broadcast_to(new, x.shape)
         elif self.by == "zero":
             new = jnp.zeros_like(x)
         elif self.by == "mean":
@@ -215,7 +242,8 @@ class ablating:
 class steering:
     """Tap that adds `scale * vectors[site]` to the value at each of its sites, spread over rows and positions.
 
-    Raises ValueError when a vector does not fit, and at the end of a forward pass that lacks one of the sites.
+    Raises ValueError when a vector or the index does not fit, and at the end of a forward pass that lacks one of the
+    sites.
     """
 
     vectors: Mapping[str, Any]
@@ -225,6 +253,7 @@ class steering:
     def __call__(self, site: str, x: Array) -> Array:
         if site not in self.vectors:
             return x
+        _require_inside(self.at, site, x.shape)
         vector = jnp.asarray(self.vectors[site])
         target = jax.eval_shape(lambda y: y[self.at], x).shape
         tail = target[len(target) - vector.ndim :]

@@ -1,10 +1,10 @@
 """Classification: sets, fine-tuning of any model of the kit, committees of shallow models, and what they are worth.
 
 train_set, test_set = PROTOCOLS["fewrel"](read_set("val_wiki.json"))
-batches = [masked_texts(model, articles, seed=s) for s in range(5)]             # pretraining, a source per member
-members = train_many(preset("bert-1", ...), batches, fixed(len(articles)).grid(seed=range(5)), tokenizer=tokenizer)
-list(members)
-committee = Committee.of(classify_many(members.models, train_set, epochs=10))
+models = [Transformer(preset("bert-1", ..., width=64), rngs=s, tokenizer=tokenizer) for s in range(5)]
+batches = [masked_texts(model, articles, seed=s) for s, model in enumerate(models)]  # pretraining, a source per member
+list(train_many(models, batches, fixed(len(articles), width=64).grid(seed=range(5))))
+committee = Committee.of(classify_many(models, train_set, epochs=10, pooling="mean"))
 print(committee.evaluate(test_set))                                             # accuracy, macro-F1, calibration
 
 sets         texts with classes from files, the hub, the world; the papers' subsamples

@@ -125,7 +125,7 @@ def cost(configs: ModelConfig | Sequence[ModelConfig], tokens: int) -> Cost:
     every = [configs] if isinstance(configs, ModelConfig) else list(configs)
 
     def one(config: ModelConfig) -> float:
-        c = config.replace(context=tokens) if config.convs == 0 or tokens else config
+        c = config.replace(context=tokens)
         head = 2 * (c.width * c.width * c.pooler + c.width * c.classes)
         return size(c).flops * tokens + head
 

@@ -23,7 +23,7 @@ def classify_command(args: Any, say: Callable[[str], Any]) -> tuple[dict[str, An
 
     Args:
         args: with `folder`, `data` (a file, hf:ID or "world"), `test`, `out` (or None), `members`, `epochs`, `batch`,
-            `learning_rate`, `balance`, `markers`, `limit`, `seed`.
+            `learning_rate`, `pooling`, `balance`, `markers`, `limit`, `seed`.
         say: told each epoch's score.
 
     Raises SetError, ConfigError, OSError, and what `load` raises.
@@ -37,7 +37,7 @@ def classify_command(args: Any, say: Callable[[str], Any]) -> tuple[dict[str, An
     if committee is not None:
         found = committee.evaluate(data)
         return {"members": len(committee), **found.to_dict()}, repr(found)
-    learn, test = (data, _set(args.test, args)) if args.test else data.split(0.2, seed=args.seed)
+    learn, test = (data, _set(args.test, args, seed=args.seed + 1)) if args.test else data.split(0.2, seed=args.seed)
 
     def told(newest: list) -> None:
         if newest:
@@ -45,7 +45,7 @@ def classify_command(args: Any, say: Callable[[str], Any]) -> tuple[dict[str, An
 
     tuned = classify_many(
         [model] * args.members, learn, epochs=args.epochs, batch=args.batch, learning_rate=args.learning_rate,
-        balance=args.balance, seeds=range(args.seed, args.seed + args.members), progress=told,
+        balance=args.balance, pooling=args.pooling, seeds=range(args.seed, args.seed + args.members), progress=told,
     )  # fmt: skip
     committee = Committee.of(tuned)
     if args.out:
@@ -59,11 +59,13 @@ def classify_command(args: Any, say: Callable[[str], Any]) -> tuple[dict[str, An
     return figures, text + (f"\neverything is in {args.out}" if args.out else "")
 
 
-def _set(source: str, args: Any) -> Any:
+def _set(source: str, args: Any, seed: int | None = None) -> Any:
     if source == "world":
         from tinylm.world import World
 
-        return read_set(World().classification("topic", classes=4, n=args.limit or 400, seed=args.seed))
+        return read_set(
+            World().classification("topic", classes=4, n=args.limit or 400, seed=args.seed if seed is None else seed)
+        )
     if not source:
         raise SetError("give data to learn from or to evaluate on")
     return read_set(source, markers=args.markers, limit=args.limit)

@@ -22,7 +22,7 @@ import numpy as np
 
 from tinylm.checkpoint import load, save
 from tinylm.classification.metrics import Classified, classified, probabilities
-from tinylm.classification.scoring import require_classes, scores
+from tinylm.classification.scoring import scores
 from tinylm.classification.sets import Dataset, SetError
 from tinylm.config import suggest
 from tinylm.engine import Engine
@@ -67,6 +67,10 @@ def combined(logits: np.ndarray, combine: str = "logits", weights: Sequence[floa
     logits = np.asarray(logits, np.float64)
     if combine not in COMBINE:
         raise SetError(f"combine = {combine!r}{suggest(combine, COMBINE)}")
+    if logits.ndim != 3:
+        raise SetError(f"logits of shape {logits.shape}: must be (members, texts, classes)")
+    if weights is not None and not np.isfinite(np.asarray(weights, np.float64)).all():
+        raise SetError(f"weights = {list(weights)}: must be finite")
     if weights is None:
         return COMBINE[combine](logits)
     if combine != "logits" or len(weights) != len(logits):
@@ -172,11 +176,12 @@ class Committee:
         return [self.names[i] for i in self.logits(texts).argmax(-1)]
 
     def evaluate(self, dataset: Dataset, *, seed: int = 0) -> Classified:
-        """Accuracy, macro-F1, calibration, confusion on a set. Raises SetError for other classes.
+        """Accuracy, macro-F1, calibration, confusion on a set, whose classes are matched by name.
 
+        Raises SetError for a class that was not learned.
         Probabilities are those of the mean logits, not of their sum, whose softmax is K times too sure.
         """
-        require_classes(len(self.names), dataset)
+        dataset = dataset.numbered_as(self.names)
         found = self.logits(dataset.texts)
         found = found / len(self) if self.combine == "logits" and self.weights is None else found
         said = {"members": len(self), "combine": self.combine}
@@ -184,7 +189,7 @@ class Committee:
 
     def fitted(self, dataset: Dataset) -> Committee:
         """The same members with weights learned on a set, which should be no member's training texts."""
-        require_classes(len(self.names), dataset)
+        dataset = dataset.numbered_as(self.names)
         weights = learned_weights(self.member_logits(dataset.texts), dataset.labels)
         return Committee(self.members, self.names, weights=weights.tolist())
 

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from tinylm.classification.metrics import Classified, classified, confusion_matrix, macro_f1
-from tinylm.classification.scoring import encoded, filler, require_classes, run, scores, settle
+from tinylm.classification.scoring import encoded, filler, run, scores, settle
 from tinylm.classification.sets import Dataset, SetError, rows_of
 from tinylm.config import ModelConfig, TrainConfig
 from tinylm.data import Labelled, Masked, Rows, Tokens
@@ -65,8 +65,11 @@ class Finetuned:
     seconds: float
 
     def evaluate(self, dataset: Dataset, *, seed: int = 0) -> Classified:
-        """Accuracy, macro-F1, calibration and confusion on a set. Raises SetError for other classes."""
-        require_classes(len(self.names), dataset)
+        """Accuracy, macro-F1, calibration and confusion on a set, whose classes are matched by name.
+
+        Raises SetError for a class that was not learned.
+        """
+        dataset = dataset.numbered_as(self.names)
         found = scores(self.model, dataset.texts)
         return classified(found, dataset.labels, dataset.names, texts=dataset.texts, seed=seed)
 
@@ -121,22 +124,30 @@ def classify_many(
     """Fine-tune models of one shape on a set, together; each ends as it would alone. The models given stay as they are.
 
     Args:
-        models: pretrained or new; a head of another kind is replaced, so is a classifier of other classes.
+        models: pretrained or new; a head of another kind is replaced, so is a classifier of other classes or of
+            another pooling than the one asked for.
         dataset: to learn. valid: to choose the best epoch by: a set, a share of the texts that is held out
             for it (the same for all members), or None: the last weights are kept.
         epochs: passes over the texts. patience: epochs without a better score after which a member has ended.
         score: "valid_accuracy", "valid_f1" (larger is better) or "valid_loss".
         balance: weigh every text by N / (C count of its class), so that classes count the same in the loss.
-        pooling, pooler: see `with_classes`. length: tokens of a row; 0: as many as the longest text needs.
+        pooling, pooler: see `with_classes`. After masked pretraining take "mean" for an encoder: nothing is ever
+            predicted at the first position, so that "cls" starts from a place that attention left idle.
+        length: tokens of a row; 0: as many as the longest text needs.
         seeds: of each member's head, order of texts and dropout; default 0, 1, ... split_seed: of what is held out.
         out: a new folder for run folders, as in `train_many`; a single model's run is the folder itself.
         together: as one program, the way for a GPU; false: one after the other, which takes less time on a CPU.
         progress: called after each epoch with the members' newest.
-        settings: of `TrainConfig`, on top of AdamW at 5e-4, batch 32, linear to zero, 6 percent warm-up.
+        settings: of `TrainConfig`, on top of AdamW at 5e-4, batch 32, linear to zero, 6 percent warm-up. Small models
+            want more: 3e-3 to 1e-2 at width 32 (notebooks/LAB.md, 2026-11-21).
 
     Raises:
-        SetError: a set that does not fit. ConfigError: settings that do not, or models of different shapes.
+        SetError: a set that does not fit, a setting that follows from other arguments, or a member that diverged in its
+            first epoch. ConfigError: settings that do not fit, or models of different shapes.
+        TrainingDiverged: a model trained alone.
+        KeyboardInterrupt: interrupted; what was learned is in `out`, if that was given.
     """
+    _fitting(models, dataset, valid, seeds, settings)
     if score not in ("valid_accuracy", "valid_f1", "valid_loss") or epochs < 1 or patience < 1:
         raise SetError(f"score = {score!r}, epochs = {epochs}, patience = {patience}: a field of Epoch, and at least 1")
     if not together and len(models) > 1:
@@ -148,13 +159,10 @@ def classify_many(
     seeds = list(range(len(models)) if seeds is None else seeds)
     learn, held = dataset.split(valid, seed=split_seed) if isinstance(valid, float) else (dataset, valid)
     classes = len(dataset.names)
-    if held is not None:
-        require_classes(classes, held)
-    if len(seeds) != len(models) or not len(seeds):
-        raise SetError(f"{len(models)} models and {len(seeds)} seeds: give one seed per model")
+    held = None if held is None else held.numbered_as(dataset.names)
     fresh = [
         nnx.clone(model)
-        if (model.config.head, model.config.classes) == ("classes", classes)
+        if (model.config.head, model.config.classes) == ("classes", classes) and pooling in (None, model.config.pooling)
         else with_classes(model, classes, pooling=pooling, pooler=pooler, seed=seed)
         for model, seed in zip(models, seeds, strict=True)
     ]
@@ -189,8 +197,13 @@ def classify_many(
         for i in going:
             kept[i].see(members[i].model, None if inside is None else found[i], held)
         progress([kept[i].history[-1] for i in going])
-        if all(k.over for k in kept):
+        if all(kept[i].over for i, m in enumerate(members) if m in active()):
             running.stop()
+    if running.outcome == "interrupted":
+        raise KeyboardInterrupt("fine-tuning was interrupted")
+    if not all(own.history for own in kept):
+        lost = [i for i, own in enumerate(kept) if not own.history]
+        raise SetError(f"models {lost} diverged before their first epoch ended: take a lower learning_rate")
     for member, own in zip(members, kept, strict=True):
         if own.weights is not None:
             assign(member.model, own.weights)
@@ -205,10 +218,13 @@ def snapshots(
     zero `members` times, each time from where the last one ended, and every end is a member.
 
     Args:
-        epochs: in all, shared out evenly. settings: of `classify`; a cosine schedule is usual.
+        epochs: in all, shared out evenly.
+        settings: of `classify`, but for `valid` and `out`; a cosine schedule is usual.
 
-    Raises SetError for fewer epochs than members.
+    Raises SetError for fewer epochs than members, or a setting that is not to be had here.
     """
+    if wrong := {"valid", "out"} & settings.keys():
+        raise SetError(f"{', '.join(sorted(wrong))}: every member is the end of its part of one training, kept nowhere")
     if epochs < members or members < 1:
         raise SetError(f"{members} members and {epochs} epochs: each needs at least one")
     found: list[Finetuned] = []
@@ -217,6 +233,19 @@ def snapshots(
         found.append(classify(model, dataset, epochs=more, seed=seed + i, valid=None, **settings))
         model = found[-1].model
     return found
+
+
+def _fitting(models: Sequence[Transformer], dataset: Any, valid: Any, seeds: Any, settings: dict[str, Any]) -> None:
+    """Refuse what cannot be meant, before anything is trained."""
+    if not isinstance(dataset, Dataset):
+        raise SetError(f"a {type(dataset).__name__} is no Dataset: read_set makes one of pairs, files and hub ids")
+    if valid is not None and not isinstance(valid, Dataset | float):
+        raise SetError(f"valid = {valid!r}: a Dataset, a share of the texts such as 0.1, or None")
+    if not len(models) or (seeds is not None and len(seeds) != len(models)):
+        raise SetError(f"{len(models)} models and {len(seeds or ())} seeds: give one seed per model")
+    own = {"seed": "seeds", "steps": "epochs", "tokens": "epochs", "budget": "epochs", "objective": "", "log_every": ""}
+    for name in own.keys() & settings.keys():
+        raise SetError(f"{name}: {f'give {own[name]} instead' if own[name] else 'fine-tuning sets it itself'}")
 
 
 def _config(epochs: int, texts: int, length: int, settings: dict[str, Any]) -> TrainConfig:
@@ -270,6 +299,8 @@ def masked_texts(
     computed on masked positions only. Raises SetError for a model without tokenizer.
     """
     t, length = model.tokenizer, length or model.config.context
+    if isinstance(texts, str):
+        raise SetError("one text was given where several are needed: put it in a list")
     if t is None or t.mask is None or t.cls is None or t.sep is None or t.end is None:
         raise SetError("masked texts need a model with a tokenizer that has mask, cls, sep and end tokens")
     ids = [row[1:-1][: length - 2] for row in rows_of(texts, t)]
@@ -304,16 +335,23 @@ def faithful(texts: int, *, epochs: int = 50, tune: bool = False) -> TrainConfig
     )  # fmt: skip
 
 
-def fixed(texts: int, *, epochs: int = 50, tune: bool = False, mask_rate: float = 0.2) -> TrainConfig:
+def fixed(texts: int, *, width: int = 768, epochs: int = 50, tune: bool = False, mask_rate: float = 0.2) -> TrainConfig:
     """The same run with what stands in its way taken out.
 
     Differs from `faithful`: the rate moves with every step, after a warm-up of 6 percent of them, so that no epoch is
-    lost; 5e-4 for models this small; 20 percent masked (15 to 30 are good: Wettig et al. 2023); gradients clipped at 1;
-    beta2 of 0.98. Both compute the head on masked positions alone, which changes no value.
+    lost; it is 0.4 / width, half of it for fine-tuning, since narrow models want more (measured at widths 32 and 64:
+    notebooks/LAB.md, 2026-11-21; at 768 it is about what was usual); 20 percent masked (15 to 30 are good: Wettig et
+    al. 2023); gradients clipped at 1; beta2 of 0.98. Both compute the head on masked positions alone, which changes no
+    value. Classify with pooling="mean" after it: see `classify_many`.
     """
     steps = epochs * max(1, texts // 32)
     return faithful(texts, epochs=epochs, tune=tune).replace(
-        learning_rate=5e-4, mask_rate=mask_rate, stairs=0, warmup=round(WARMUP * steps), clip=1.0, beta2=0.98
+        learning_rate=(0.2 if tune else 0.4) / width,
+        mask_rate=mask_rate,
+        stairs=0,
+        warmup=round(WARMUP * steps),
+        clip=1.0,
+        beta2=0.98,
     )
 
 

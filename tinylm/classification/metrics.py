@@ -16,6 +16,7 @@ __all__ = ["Classified", "calibration", "classified", "confusion_matrix", "macro
 
 BINS = 15  # of the calibration error (Guo et al. 2017)
 RESAMPLES = 2000
+CELLS = 2**22  # of confusion matrices held at a time: 32 MB
 
 
 @dataclass(frozen=True, eq=False, kw_only=True, repr=False)
@@ -62,7 +63,7 @@ def macro_f1(confusion: np.ndarray) -> np.ndarray:
 
 
 def wilson(hits: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval (1927) of a share."""
+    """Wilson's interval (1927) of the share of `hits` in n >= 1."""
     from scipy.special import ndtri
 
     z = float(ndtri((1 + level) / 2))
@@ -96,15 +97,18 @@ def classified(
     """
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels, int)
     n, classes = logits.shape
-    if n != len(labels) or not n or classes != len(names) or labels.max() >= classes:
+    if n != len(labels) or not n or classes != len(names) or labels.max() >= classes or labels.min() < 0:
         raise EvaluationError(f"scores {logits.shape}, {len(labels)} labels, {len(names)} names: they do not fit")
     if not np.isfinite(logits).all():
         raise EvaluationError("scores that are not finite: the classifier has diverged")
     probs, predicted = probabilities(logits), logits.argmax(-1)
     right, confusion = predicted == labels, confusion_matrix(labels, predicted, classes)
     nll = -np.log(np.maximum(probs[np.arange(n), labels], 1e-300))
-    drawn = np.random.default_rng(seed).multinomial(n, confusion.ravel() / n, RESAMPLES)  # texts drawn anew, by cell
-    low, high = np.quantile(macro_f1(drawn.reshape(-1, classes, classes)), [0.025, 0.975])
+    draw, again = np.random.default_rng(seed), []
+    for part in np.array_split(np.arange(RESAMPLES), -(-RESAMPLES * classes**2 // CELLS)):  # texts drawn anew, by cell
+        drawn = draw.multinomial(n, confusion.ravel() / n, len(part))
+        again.append(macro_f1(drawn.reshape(-1, classes, classes)))
+    low, high = np.quantile(np.concatenate(again), [0.025, 0.975])
     hits = int(right.sum())
     figures = {
         "accuracy": Estimate(hits / n, wilson(hits, n) if n > 1 else None, n),

@@ -30,6 +30,8 @@ def encoded(model: Transformer, texts: Sequence[str | Sequence[int]], length: in
 
     Raises SetError: a model without tokenizer, or ids it does not have.
     """
+    if isinstance(texts, str):
+        raise SetError("one text was given where several are needed: put it in a list")
     if not len(texts):
         raise SetError("no texts were given")
     if isinstance(texts[0], str):
@@ -105,28 +107,35 @@ def require_classes(classes: int, dataset: Dataset) -> None:
         raise SetError(f"the classifier has {classes} classes and the set {len(dataset.names)}: {dataset}")
 
 
-def settle(model: Transformer, tokens: np.ndarray, segments: np.ndarray, *, batch: int = BATCH, calls: int = 8) -> None:
-    """Measure the population's statistics of every batch norm: means over batches of their own (Wu and Johnson 2021).
+@functools.lru_cache(maxsize=32)
+def _measured(graph: Any) -> Callable:
+    """`(params, tokens, segments) -> {site: mean or variance of the batch}` of every batch norm."""
 
-    Training ends with this, in place of a running average; models without batch norms are left alone.
-    """
-    norms = {path: module for path, module in modules(model) if isinstance(module, BatchNorm)}
-    if not norms:
-        return
-    graph, params = pure(model)
-
-    @jax.jit
-    def measured(tokens: jax.Array, segments: jax.Array) -> dict:
+    def measured(params: dict, tokens: jax.Array, segments: jax.Array) -> dict:
         seen: dict[str, jax.Array] = {}
         still = bind(graph, params)
         still.config = still.config.replace(dropout=0.0)
         still.trunk(tokens, segments=segments, tap=recording(seen, r"front\..*\.(mean|var)"), key=jax.random.key(0))
         return seen
 
+    return jax.jit(measured)
+
+
+def settle(model: Transformer, tokens: np.ndarray, segments: np.ndarray, *, batch: int = BATCH, calls: int = 8) -> None:
+    """Measure the population's statistics of every batch norm: means over batches of their own (Wu and Johnson 2021).
+
+    Training ends with this, in place of a running average; models without batch norms are left alone. The batches are
+    drawn from all the texts: sets often come sorted by class, and the first rows would be one class.
+    """
+    norms = {path: module for path, module in modules(model) if isinstance(module, BatchNorm)}
+    if not norms:
+        return
+    graph, params = pure(model)
     sums: list[dict] = []
+    order = np.random.default_rng(0).permutation(len(tokens))
     for at in range(0, min(len(tokens), calls * batch), batch):
-        rows = np.arange(at, at + min(batch, len(tokens))) % len(tokens)
-        sums.append(jax.device_get(measured(tokens[rows], segments[rows])))
+        rows = order[np.arange(at, at + min(batch, len(tokens))) % len(tokens)]
+        sums.append(jax.device_get(_measured(graph)(params, tokens[rows], segments[rows])))
     for path, norm in norms.items():
         norm.mean.set_value(jnp.asarray(np.mean([s[f"{path}.mean"] for s in sums], axis=0)))
         norm.var.set_value(jnp.asarray(np.mean([s[f"{path}.var"] for s in sums], axis=0)))

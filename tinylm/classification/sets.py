@@ -12,6 +12,7 @@ import gzip
 import io
 import json
 import random
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,8 @@ class Dataset:
 
     def __post_init__(self) -> None:
         labels = np.asarray(self.labels)
+        if isinstance(self.texts, str) or isinstance(self.names, str) or labels.ndim != 1:
+            raise SetError(f"texts and names must be sequences, labels of shape (N,) and not {labels.shape}")
         if len(self.texts) != len(labels) or not len(labels):
             raise SetError(f"{len(self.texts)} texts and {len(labels)} labels: give one label per text, and some texts")
         if len(set(self.names)) < len(self.names) or len(self.names) < 2:
@@ -81,16 +84,33 @@ class Dataset:
         return self.take(np.concatenate(chosen))
 
     def split(self, held_out: float, *, seed: int = 0) -> tuple[Dataset, Dataset]:
-        """(the rest, a share `held_out` of every class, at least one text of those that have two)."""
+        """(the rest, a share `held_out` of every class; at least one text of those that have two to each)."""
         if not 0 < held_out < 1:
             raise SetError(f"held_out = {held_out}: must be a share between 0 and 1")
         draw, out = np.random.default_rng(seed), np.zeros(len(self), bool)
         for c in range(len(self.names)):
             own = draw.permutation(np.flatnonzero(self.labels == c))
-            out[own[: max(1, round(held_out * len(own)))] if len(own) > 1 else own[:0]] = True
+            out[own[: min(max(1, round(held_out * len(own))), max(len(own) - 1, 0))]] = True
         if not out.any():
             raise SetError("no class has two texts: nothing can be held out")
         return self.take(np.flatnonzero(~out)), self.take(np.flatnonzero(out))
+
+    def numbered_as(self, names: Sequence[str]) -> Dataset:
+        """The same texts with labels that index `names`, where every class is found by its name.
+
+        A classifier whose classes are called "0", "1", ... has forgotten their names: as many of any name are taken in
+        their order. Raises SetError for a class that `names` lacks.
+        """
+        names = tuple(names)
+        unnamed = names == tuple(map(str, range(len(names)))) and len(names) == len(self.names)
+        if names == self.names or unnamed:
+            return self
+        if lacking := [name for name in self.names if name not in names]:
+            raise SetError(
+                f"the classifier has {len(names)} classes and the set {len(self.names)}, of which it lacks "
+                f"{len(lacking)}, such as {lacking[0]!r}{suggest(lacking[0], names)}"
+            )
+        return Dataset(self.texts, np.array([names.index(name) for name in self.names])[self.labels], names)
 
     def only(self, names: Sequence[str]) -> Dataset:
         """The texts of these classes, numbered in this order."""
@@ -156,7 +176,7 @@ def read_set(
     if isinstance(source, str | Path):
         rows = _file(str(source), text, label, markers, split)
     else:
-        rows = ((str(one), kind) for one, kind in source)
+        rows = _pairs(source)
     texts, raw = [], []
     for one, kind in rows:
         if limit is not None and len(texts) >= limit:
@@ -168,18 +188,22 @@ def read_set(
     known = names
     if isinstance(names, str | Path):
         with _open(Path(names)) as file:
-            known = json.load(file)
+            try:
+                known = json.load(file)
+            except ValueError as error:
+                raise SetError(f"{names}: {error}") from None
     return _numbered(texts, raw, known, str(source))
 
 
 def _numbered(texts: list[str], raw: list[Any], names: Any, what: str) -> Dataset:
     """Classes by their names: those given; else numbers in their order, texts in the alphabet's."""
     if isinstance(names, Mapping):
-        said = {key: value[0] if isinstance(value, list) else value for key, value in names.items()}
+        said = {str(key): value[0] if isinstance(value, list) else value for key, value in names.items()}
         raw, names = [said.get(str(kind), str(kind)) for kind in raw], None
     whole = all(isinstance(kind, int | np.integer) or str(kind).isdigit() for kind in raw)
     if names is not None:
         names = tuple(map(str, names))
+        whole = whole and not all(str(kind) in names for kind in raw)  # classes may be called "1", "2", ...
         found = [int(kind) if whole else names.index(kind) if kind in names else -1 for kind in raw]
         if min(found) < 0 or max(found) >= len(names):
             wrong = raw[next(i for i, n in enumerate(found) if not 0 <= n < len(names))]
@@ -188,6 +212,16 @@ def _numbered(texts: list[str], raw: list[Any], names: Any, what: str) -> Datase
     order = sorted(set(raw), key=int if whole else str)
     place = {kind: i for i, kind in enumerate(order)}
     return Dataset(tuple(texts), np.array([place[kind] for kind in raw]), tuple(map(str, order)))
+
+
+def _pairs(source: Any) -> Iterator[tuple[str, Any]]:
+    """(text, class) of a sequence of pairs, each of which must be one."""
+    if not isinstance(source, Iterable):
+        raise SetError(f"{source!r} is no set: a file, hf:ID, World.classification(...), or pairs of text and label")
+    for number, pair in enumerate(source, 1):
+        if isinstance(pair, str) or not isinstance(pair, Sequence) or len(pair) != 2 or not isinstance(pair[0], str):
+            raise SetError(f"pair {number} is {pair!r}: not a text and its class")
+        yield pair[0], pair[1]
 
 
 def _open(path: Path) -> io.TextIOBase:
@@ -217,7 +251,7 @@ def _file(source: str, text: Any, label: Any, markers: bool, split: str) -> Iter
                 quoting = csv.QUOTE_MINIMAL if suffix == ".csv" else csv.QUOTE_NONE  # GLUE's files quote nothing
                 cells = csv.reader(file, delimiter="," if suffix == ".csv" else "\t", quoting=quoting)
                 yield from _records(_columns(cells, text, label), text, label, markers, source)
-        except (json.JSONDecodeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile, csv.Error) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error, csv.Error) as error:
             raise SetError(f"{source}: {error}") from None
 
 
@@ -227,6 +261,10 @@ def _columns(cells: Iterator[list[str]], text: Any, label: Any) -> Iterator[dict
     header = None if numbered else next(cells, [])
     for row in cells:
         if row:
+            if header is not None and len(row) > len(header):
+                raise SetError(
+                    f"line {cells.line_num}: {len(row)} cells, and {len(header)} in the first; quote the text"
+                )
             yield dict(enumerate(row)) if header is None else dict(zip(header, row, strict=False))
 
 
@@ -238,10 +276,13 @@ def _records(records: Iterable[Mapping], text: Any, label: Any, markers: bool, s
         missing = [c for c in columns if c not in record]
         if missing:
             raise SetError(f"{source}, row {number}: no field {missing[0]!r}; it has {list(record)[:FEW]}")
+        kind = record[_field(record, label, LABEL, source, number)]
+        if kind is None or kind != kind or any(record[c] is None for c in columns):  # NaN is no class either
+            raise SetError(f"{source}, row {number}: no text or no class: {str(dict(record))[:80]}")
         whole = "\n".join(str(record[c]) for c in columns)
         if markers:
             whole = marked(str(whole).split(), _flat_span(record, "h", source), _flat_span(record, "t", source))
-        yield whole, record[_field(record, label, LABEL, source, number)]
+        yield whole, kind
 
 
 def _field(record: Mapping, wanted: Any, usual: Sequence[str], source: str, number: int) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 from tinylm.data import DataError, check_tokens
 from tinylm.model import Transformer
 from tinylm.taps import Tap, compose, recording, untouched
+from tinylm.techniques import Technique
 from tinylm.weights import bind, pure
 
 
@@ -27,9 +28,25 @@ def _recorder(graph: Any, sites: str, tap: Tap) -> Callable:
     return jax.jit(run)
 
 
+def unwrapped(module: Any) -> Any:
+    """A block's attention or MLP itself, without the techniques around it."""
+    while isinstance(module, Technique):
+        module = module.inner
+    return module
+
+
+def matrix_of(linear: Any) -> Any:
+    """The matrix of a linear layer, without techniques that add to its output and so are no matrix themselves."""
+    while not hasattr(linear, "weight"):
+        linear = linear.inner
+    return linear.weight()
+
+
 def seen(model: Transformer, tokens: Any, sites: str, tap: Tap = untouched) -> dict[str, jax.Array]:
     """The values of all sites whose name matches, in one compiled pass over (B, T) ids."""
     check_tokens(tokens, model.config.vocab)
+    if np.ndim(tokens) != 2:
+        raise DataError(f"tokens must be rows of ids, (B, T); got shape {np.shape(tokens)}")
     graph, params = pure(model)
     try:
         run = _recorder(graph, sites, tap)
@@ -66,6 +83,8 @@ def record(
         if any(folder.glob("*.npy")):
             raise FileExistsError(f"{folder} holds recordings already: name another folder")
     found: dict[str, np.ndarray] = {}
+    if batch < 1:
+        raise DataError(f"batch = {batch}: read at least 1 row at a time")
     batch = min(batch, len(tokens))
     for at in range(0, len(tokens), batch):
         rows = tokens[at : at + batch]

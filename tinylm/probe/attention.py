@@ -84,7 +84,7 @@ def attention_browser(
         head: (layer, head) to show large; None: the one with the least spread-out rows. least: weights below it are
             left blank.
 
-    Raises DataError for a text without a tokenizer, or more than 64 tokens.
+    Raises DataError for a text without a tokenizer, more than 64 tokens, or layers or a head that are not there.
     """
     if isinstance(tokens, str):
         if model.tokenizer is None:
@@ -94,12 +94,17 @@ def attention_browser(
     if not 1 < len(ids) <= 64:
         raise DataError(f"{len(ids)} tokens: a map can be read with 2 to 64")
     every = patterns(model, ids[None])[:, 0]
-    chosen = range(model.config.layers) if layers is None else layers
+    chosen = list(range(model.config.layers) if layers is None else layers)
+    count = every.shape[:2]
+    if not chosen or not all(0 <= layer < count[0] for layer in chosen):
+        raise DataError(f"layers = {chosen}: the model has layers 0 to {count[0] - 1}")
+    if head is not None and not (len(head) == 2 and all(0 <= i < n for i, n in zip(head, count, strict=True))):
+        raise DataError(f"head = {head}: (layer, head) of {count[0]} layers with {count[1]} heads each")
     if head is None:
         sharp = -(every * np.log(np.maximum(every, 1e-9))).sum(-1)[..., len(ids) // 2 :].mean(-1)
         sharp = sharp + 1e3 * (every[..., 0].mean(-1) > 0.6)  # heads that rest on the first token say little
-        head = divmod(int(np.argmin(sharp[list(chosen)])), model.config.heads)
-        head = (list(chosen)[head[0]], head[1])
+        head = divmod(int(np.argmin(sharp[chosen])), model.config.heads)
+        head = (chosen[head[0]], head[1])
     words = [spelled(model.tokenizer, i) for i in ids]
     rows = []
     for layer in chosen:

@@ -21,8 +21,8 @@ from tinylm import show
 from tinylm.data import DataError, check_tokens
 from tinylm.model import Transformer, same
 from tinylm.parts import LayerNorm
-from tinylm.probe.activations import seen
-from tinylm.probe.patching import Metric, answers
+from tinylm.probe.activations import matrix_of, seen, unwrapped
+from tinylm.probe.patching import Metric, answers, check_last
 from tinylm.taps import patching
 from tinylm.weights import bind, pure
 
@@ -32,8 +32,8 @@ class Contributions:
     """What every part wrote into the logits.
 
     Attributes:
-        names: "embed" (the token), "positions", "types", "blocks.0.attn.head.1", "blocks.0.attn.rest" (the output bias,
-            and what a technique's rounding adds), "blocks.0.mlp", "norm.bias".
+        names: "embed" (the token), "positions", "types" (or "front" for them all), "blocks.0.attn.head.1",
+            "blocks.0.attn.rest" (the output bias, and what a technique's rounding adds), "blocks.0.mlp", "norm.bias".
         values: (parts, B, n, ids) float32; they sum to the logits over the parts.
         logits: (B, n, ids) of the model itself, before any soft cap.
     """
@@ -71,22 +71,32 @@ def direct(model: Transformer, tokens: np.ndarray, ids: Any = None, *, last: int
     nothing about what a part does by way of later ones.
 
     Args:
-        tokens: (B, T) ids. ids: which logits; None for all. last: at how many of the last positions.
+        tokens: (B, T) ids. ids: which logits, one id or several; None for all. last: at how many of the last positions.
 
-    Raises DataError: a post-norm model, where the stream is no sum, or a head that is more than a matrix.
+    Raises DataError: a model whose stream is no sum (post-norm or "embbert" blocks, or a technique around whole blocks
+    or the embedding norm), a head that is more than a matrix, or ids out of range.
     """
     c = model.config
-    if c.block == "post":
-        raise DataError("a post-norm model's stream is no sum of its parts: direct attribution is not defined")
+    if c.block in ("post", "embbert") or not all(hasattr(block, "attn") for block in model.blocks):
+        what = {"post": "a post-norm model", "embbert": "an embbert model"}.get(c.block, "this edited model")
+        raise DataError(f"{what}'s stream is no sum of its parts: direct attribution is not defined")
     if c.head not in ("tied", "untied"):
         raise DataError(f'a "{c.head}" head is more than a matrix: direct attribution needs "tied" or "untied"')
     tokens = np.asarray(tokens)
     check_tokens(tokens, c.vocab)
-    values = seen(model, tokens, r"embed|blocks\.\d+\.(attn|attn\.heads|mlp)|blocks\.\d+\.resid")
+    if tokens.ndim != 2:
+        raise DataError(f"tokens must be rows of ids, (B, T); got shape {tokens.shape}")
+    check_last(last, tokens.shape[1])
+    if ids is not None:
+        ids = np.atleast_1d(np.asarray(ids))
+        check_tokens(ids, c.vocab, "ids")
+    values = seen(model, tokens, r"embed|front|blocks\.\d+\.(attn|attn\.heads|mlp)|blocks\.\d+\.resid")
     cut = lambda x: jnp.asarray(x, jnp.float32)[:, -last:]  # noqa: E731
     end = cut(values[f"blocks.{c.layers - 1}.resid"])
     parts: dict[str, Array] = {}
-    if model.embed_norm is same and model.embed_positions is not None:
+    if model.front is not None:
+        parts["front"] = cut(values["front"])
+    elif model.embed_norm is same and model.embed_positions is not None:
         parts["embed"] = cut(model.embed(tokens))
         parts["positions"] = cut(
             jnp.broadcast_to(model.embed_positions(np.arange(tokens.shape[1])), values["embed"].shape)
@@ -97,7 +107,7 @@ def direct(model: Transformer, tokens: np.ndarray, ids: Any = None, *, last: int
         parts["embed"] = cut(values["embed"])
     for layer, block in enumerate(model.blocks):
         heads = cut(values[f"blocks.{layer}.attn.heads"])
-        out = block.attn.o.weight().reshape(heads.shape[2], heads.shape[3], -1)
+        out = matrix_of(unwrapped(block.attn).o).reshape(heads.shape[2], heads.shape[3], -1)
         written = jnp.einsum("bthe,hed->hbtd", heads, out.astype(jnp.float32), precision="highest")
         parts |= {f"blocks.{layer}.attn.head.{h}": x for h, x in enumerate(written)}
         parts[f"blocks.{layer}.attn.rest"] = cut(values[f"blocks.{layer}.attn"]) - written.sum(0)
@@ -180,6 +190,8 @@ def integrated(
 def _along(model, tokens, metric: Metric, site: str, last: int) -> tuple[Array, Callable[[Array], Array]]:
     """The value at a site, and the metric as a function of it."""
     tokens = np.asarray(tokens)
+    if site == "logits":
+        raise DataError("the metric reads the logits themselves: take a site before them, such as 'norm'")
     value = seen(model, tokens, re.escape(site))[site].astype(jnp.float32)
     graph, params = pure(model)
     return value, lambda x: answers(bind(graph, params), tokens, metric, last, patching({site: x}))

@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from safetensors.numpy import save as dump
 
 from tinylm.data import DataError, Tokens, check_tokens
+from tinylm.store import write_bytes
 
 PIECE = 2**22  # tokens read at a time
 
@@ -49,8 +51,10 @@ class Bigrams:
             tokens: a split, one row of ids, or rows of ids, each counted by itself.
             vocab: number of ids; may be left out for a split. piece: tokens read at a time.
 
-        Raises DataError: no vocabulary given, or an id that is not in it.
+        Raises DataError: no vocabulary given, an id that is not in it, or ids where rows were meant.
         """
+        if piece < 1:
+            raise DataError(f"piece = {piece}: read at least 1 token at a time")
         vocab = vocab or getattr(tokens, "vocab", 0)
         if vocab < 1:
             raise DataError(f"vocab = {vocab}: say how many token ids there are")
@@ -71,10 +75,12 @@ class Bigrams:
         `start`: unigram shares, above 0; left out, they are uniform. Raises DataError unless rows sum to 1.
         """
         table = np.asarray(table, np.float64)
-        if table.ndim != 2 or table.shape[0] != table.shape[1] or np.abs(table.sum(1) - 1).max() > 1e-6:
-            raise DataError(f"a bigram table is square and its rows sum to 1; this one has shape {table.shape}")
+        square = table.ndim == 2 and table.shape[0] == table.shape[1] > 0
+        if not (square and np.all(table >= 0) and np.all(np.abs(table.sum(1) - 1) <= 1e-6)):
+            what = "square, nowhere below 0, and its rows sum to 1"
+            raise DataError(f"a bigram table is {what}; this one has shape {table.shape}")
         start = np.full(len(table), 1 / len(table)) if start is None else np.asarray(start, np.float64)
-        if start.shape != table.shape[:1] or start.min() <= 0:
+        if start.shape != table.shape[:1] or not np.all((start > 0) & np.isfinite(start)):
             raise DataError(f"start has shape {start.shape} and least share {start.min()}: one above 0 for every id")
         rows, columns = np.nonzero(table)
         starts = np.searchsorted(rows, np.arange(len(table) + 1))
@@ -122,14 +128,16 @@ class Bigrams:
             return -np.log2(self.probability(now, then))
 
     def entropy(self) -> float:
-        """Bits per token of the next token given this one, over what was counted."""
+        """Bits per token of the next token given this one, over what was counted; nan where nothing was."""
+        if not self.pairs:
+            return float("nan")
         share = self.weights / np.repeat(self.totals, np.diff(self.starts))
         return float(-(self.weights * np.log2(share)).sum() / self.totals.sum())
 
     def save(self, path: str | os.PathLike) -> Path:
-        """Write one safetensors file."""
+        """Write one safetensors file: whole, or not at all."""
         names = ("starts", "successors", "weights", "unigrams")
-        save_file({name: np.ascontiguousarray(getattr(self, name)) for name in names}, path)
+        write_bytes(path, dump({name: np.ascontiguousarray(getattr(self, name)) for name in names}))
         return Path(path)
 
     @classmethod
@@ -137,8 +145,18 @@ class Bigrams:
         """Read what `save` wrote. Raises DataError for another file."""
         try:
             raw = load_file(path)
-            return cls(len(raw["starts"]) - 1, raw["starts"], raw["successors"], raw["weights"], raw["unigrams"])
-        except (KeyError, SafetensorError) as error:
+            starts, successors, weights, unigrams = (
+                raw[name] for name in ("starts", "successors", "weights", "unigrams")
+            )
+            vocab = len(unigrams)
+            check_tokens(successors, vocab, "successors")
+            fits = starts.shape == (vocab + 1,) and starts.dtype.kind == "i" and successors.shape == weights.shape
+            if not (fits and starts[0] == 0 and starts[-1] == len(successors) and np.all(np.diff(starts) >= 0)):
+                raise DataError("its parts do not fit together")
+            if not all(np.all((x >= 0) & np.isfinite(x)) for x in (weights, unigrams)):
+                raise DataError("a count is below 0, or no number")
+            return cls(vocab, starts, successors, weights, unigrams)
+        except (KeyError, SafetensorError, DataError) as error:
             raise DataError(f"{path} holds no bigram counts ({error}): write them with Bigrams.save") from None
 
     def __repr__(self) -> str:
@@ -153,4 +171,6 @@ def _pieces(tokens: Any, piece: int) -> Iterator[tuple[np.ndarray, bool]]:
             yield np.asarray(tokens[at : at + piece + 1]), at + piece + 1 >= len(tokens)
     else:
         for row in tokens:
-            yield np.asarray(row).reshape(-1), True
+            if np.ndim(row) != 1:
+                raise DataError(f"a row of ids has shape {np.shape(row)}: give one array of ids, or rows of them")
+            yield np.asarray(row), True

@@ -65,10 +65,14 @@ def _reader(graph: Any) -> Callable:
     return jax.jit(read)
 
 
-def logit_lens(model: Transformer, tokens: np.ndarray) -> Lens:
-    """The model's own reading of every layer. The last equals its logits. Raises DataError for a "classes" head."""
+def _require_tokens(model: Transformer) -> None:
     if model.config.head in ("classes", "none"):
         raise DataError(f'a "{model.config.head}" head predicts no tokens: there is nothing to read')
+
+
+def logit_lens(model: Transformer, tokens: np.ndarray) -> Lens:
+    """The model's own reading of every layer. The last equals its logits. Raises DataError for a "classes" head."""
+    _require_tokens(model)
     graph, params = pure(model)
     names, stream = streams(model, tokens)
     return Lens(names, np.asarray(_reader(graph)(params, stream)))
@@ -106,7 +110,19 @@ def tuned_lens(
     learning_rate: float = 1e-3,
     seed: int = 0,
 ) -> TunedLens:
-    """Train the maps of all layers together, in one program, on KL(model || lens). They start as the identity."""
+    """Train the maps of all layers together, in one program, on KL(model || lens). They start as the identity.
+
+    Raises DataError: a head that predicts no tokens, texts of another vocabulary, or fewer than 1 step.
+    """
+    _require_tokens(model)
+    if not isinstance(data, Tokens):
+        raise DataError(
+            f"the texts are a {type(data).__name__}: give Tokens, such as Tokens.from_array(ids, vocab=...)"
+        )
+    if data.vocab > model.config.vocab:
+        raise DataError(f"the texts have {data.vocab} ids, the model {model.config.vocab}: was another tokenizer used?")
+    if steps < 1:
+        raise DataError(f"steps = {steps}: need at least 1")
     graph, params = pure(model)
     windows = Windows(data, batch=batch, length=min(length, model.config.context), seed=seed)
     layers, width = model.config.layers, model.config.width

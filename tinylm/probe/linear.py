@@ -88,13 +88,20 @@ def linear_probe(
             probe can learn by heart); None: once per item, by shuffling.
         steps: of the logistic fit.
 
-    Raises DataError: shapes that do not fit, or a single label among the training items.
+    Raises DataError: shapes that do not fit, features that are not finite, or a single label among the training items.
     """
     x = np.asarray(features, np.float32)
     x = x[None] if x.ndim == 2 else x
     names, y = np.unique(np.asarray(labels), return_inverse=True)
     if x.ndim != 3 or x.shape[1] != len(y):
         raise DataError(f"features have shape {x.shape} and there are {len(y)} labels: give (sets, items, features)")
+    for name, given in (("groups", groups), ("types", types)):
+        if given is not None and np.shape(given) != y.shape:
+            raise DataError(f"{name} has shape {np.shape(given)}: give one for each of the {len(y)} items")
+    if not np.isfinite(x).all():
+        raise DataError("a feature is not finite: leave such items out")
+    if not 0 < valid < 1 or not alpha >= 0 or steps < 1:
+        raise DataError(f"valid = {valid}, alpha = {alpha}, steps = {steps}: a share in (0, 1), at least 0, at least 1")
     if kind not in ("logistic", "ridge"):
         raise DataError(f"kind = {kind!r}: take logistic or ridge")
     rng = np.random.default_rng(seed)

@@ -27,7 +27,7 @@ from tinylm.taps import compose, patching, recording
 from tinylm.weights import bind, pure
 
 Metric = Callable[[Array], Array]
-"""(B, n, V) logits at the positions read -> one number."""
+"""(B, n, V) logits at the positions read -> one number; (B, 1, C) scores with a "classes" head."""
 
 PARTS = {  # name -> the site in a block, the axis of its positions, the axis of its heads (None: it has none)
     "resid_pre": ("", 1, None),
@@ -46,16 +46,28 @@ PARTS = {  # name -> the site in a block, the axis of its positions, the axis of
 class logit_difference:
     """Metric: logit of the right token minus that of the wrong one, at the last position read, mean over rows.
 
-    Two metrics of the same tokens are equal, so that a sweep is compiled once. `right`, `wrong`: (B,) ids.
+    Two metrics of the same tokens are equal, so that a sweep is compiled once.
+
+    Args:
+        right, wrong: (B,) ids, or one for all rows.
+
+    Raises DataError: not a pair for every row, or ids that are no token's.
     """
 
     def __init__(self, right: Any, wrong: Any):
         self.right = tuple(np.atleast_1d(np.asarray(right)).tolist())
         self.wrong = tuple(np.atleast_1d(np.asarray(wrong)).tolist())
-        if len(self.right) != len(self.wrong):
+        if len(self.right) != len(self.wrong) or not self.right:
             raise DataError(f"{len(self.right)} right tokens and {len(self.wrong)} wrong ones: give one pair per row")
+        for name, ids in (("right", self.right), ("wrong", self.wrong)):
+            check_tokens(np.asarray(ids), 2**31, name)
 
     def __call__(self, logits: Float[Array, "B n V"]) -> Array:
+        rows, vocab = logits.shape[0], logits.shape[-1]
+        if len(self.right) not in (1, rows):
+            raise DataError(f"{len(self.right)} pairs of tokens for {rows} rows: give one pair per row, or one for all")
+        check_tokens(np.asarray(self.right), vocab, "right")
+        check_tokens(np.asarray(self.wrong), vocab, "wrong")
         pick = lambda ids: jnp.take_along_axis(logits[:, -1], jnp.asarray(ids)[:, None], axis=-1)  # noqa: E731
         return jnp.mean(pick(self.right) - pick(self.wrong))
 
@@ -67,9 +79,20 @@ class logit_difference:
 
 
 def answers(model: Any, tokens: Any, metric: Metric, last: int, tap: Any) -> Array:
-    """The metric of one pass, the head computed for the last positions only."""
+    """The metric of one pass, the head computed for the last positions only (a "classes" head pools them all)."""
+    check_last(last, tokens.shape[1])
     x, _ = model.trunk(tokens, tap=tap)
-    return metric(model.unembed(x[:, -last:]).astype(jnp.float32))
+    logits = model.unembed(x)[:, None] if model.config.head == "classes" else model.unembed(x[:, -last:])
+    found = metric(logits.astype(jnp.float32))
+    if jnp.shape(found) != ():
+        raise DataError(f"the metric gave shape {jnp.shape(found)}: it must make one number of logits {logits.shape}")
+    return found
+
+
+def check_last(last: Any, length: int) -> None:
+    """Raise DataError unless `last` positions can be read of texts of this length."""
+    if isinstance(last, bool) or not isinstance(last, int) or not 1 <= last <= length:
+        raise DataError(f"last = {last!r}: read 1 to {length} of the last positions")
 
 
 def sweep(
@@ -97,11 +120,16 @@ def sweep(
         "v"), without that of positions if they are not told apart. For scale: `baseline`.
 
     Raises:
-        DataError: ids of unequal shapes or out of range, or an unknown part.
+        DataError: ids of unequal shapes or out of range, an unknown part, or `last` beyond the texts.
     """
     clean, corrupt = _pair(model, clean, corrupt)
-    if part not in PARTS or (part == "resid_mid" and model.config.block == "parallel"):
-        raise DataError(f"part = {part!r}: no such value in a {model.config.block} block{suggest(part, PARTS)}")
+    block = model.config.block
+    lacks = {"parallel": ("resid_mid",), "embbert": ("resid_mid", "mlp", "k", "v")}.get(block, ())
+    known = [name for name in PARTS if name not in lacks]
+    if part not in known:
+        raise DataError(f"part = {part!r}: no such value in a {block} block{suggest(str(part), known)}")
+    if chunk < 1:
+        raise DataError(f"chunk = {chunk}: compute at least 1 patch at a time")
     graph, params = pure(model)
     with ops.plain():  # the native kernels would copy their weights for every patch
         found = _sweep(graph, metric, part, positions, last, chunk)(params, clean, corrupt)
@@ -109,9 +137,10 @@ def sweep(
 
 
 def baseline(model: Transformer, tokens: np.ndarray, metric: Metric, *, last: int = 1) -> float:
-    """The metric of a run with nothing patched."""
+    """The metric of a run with nothing patched, on (B, T) ids. Raises DataError as `sweep`."""
+    tokens, _ = _pair(model, tokens, tokens)
     graph, params = pure(model)
-    return float(_plain(graph, metric, last)(params, np.asarray(tokens)))
+    return float(_plain(graph, metric, last)(params, tokens))
 
 
 @functools.lru_cache(maxsize=32)
@@ -128,9 +157,9 @@ def _pair(model: Transformer, clean: Any, corrupt: Any) -> tuple[np.ndarray, np.
     return clean, corrupt
 
 
-def _site(part: str, layer: int) -> str:
+def _site(part: str, layer: int, first: str) -> str:
     if part == "resid_pre":
-        return f"blocks.{layer - 1}.resid" if layer else "embed"
+        return f"blocks.{layer - 1}.resid" if layer else first
     return f"blocks.{layer}.{PARTS[part][0]}"
 
 
@@ -140,7 +169,8 @@ def _sweep(graph: Any, metric: Metric, part: str, positions: bool, last: int, ch
 
     def run(params, clean, corrupt):
         model = bind(graph, params)
-        sites = [_site(part, layer) for layer in range(model.config.layers)]
+        first = "embed" if model.front is None else "front"  # what the first block reads
+        sites = [_site(part, layer, first) for layer in range(model.config.layers)]
         source: dict[str, Array] = {}
         model(clean, tap=recording(source, "|".join(site.replace(".", r"\.") for site in sites)))
         rows = []
@@ -230,9 +260,11 @@ def paths(
         (layers, heads) float32. A head at or after all receivers changes nothing: it has the corrupt run's value.
 
     Raises:
-        DataError: as `sweep`. ValueError: a receiver that is no site.
+        DataError: as `sweep`, or no receivers. ValueError: a receiver that is no site.
     """
     clean, corrupt = _pair(model, clean, corrupt)
+    if receivers is not None and (isinstance(receivers, str) or not len(receivers) or "logits" in receivers):
+        raise DataError(f"receivers = {receivers!r}: give a list of sites; None stands for the logits")
     graph, params = pure(model)
     named = None if receivers is None else tuple(receivers)
     with ops.plain():

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from tinylm.data import DataError
 from tinylm.markup import FAINT, Markup, Picture, framed, number, tag, visible
 from tinylm.show import BLUE, ORANGE
 
@@ -34,9 +35,10 @@ def cells(
 ) -> Markup:
     """An SVG of a matrix: darker is larger, orange below zero. `words` label rows (and columns, if none are given)."""
     rows, width = values.shape
-    most = float(np.abs(values).max()) if most is None else most
-    level = np.rint(np.minimum(np.abs(values) / (most or 1.0), 1.0) * LEVELS).astype(int)
-    level = np.where(np.isfinite(values) & (np.abs(values) > least), level, 0)
+    known = np.where(np.isfinite(values), values, 0.0)  # others stay blank
+    most = float(np.abs(known).max()) if most is None else most
+    level = np.rint(np.minimum(np.abs(known) / (most or 1.0), 1.0) * LEVELS).astype(int)
+    level = np.where(np.abs(known) > least, level, 0)
     parts = []
     for sign, ink in ((1, BLUE), (-1, ORANGE)):
         for k in range(1, LEVELS + 1):
@@ -68,8 +70,18 @@ def cells(
 def heat_map(
     values: np.ndarray, *, rows: Sequence[str] = (), columns: Sequence[str] = (), title: str = "", unit: str = ""
 ) -> Picture:
-    """A matrix of figures, such as a patching sweep: blue above zero, orange below, darker is further away."""
+    """A matrix of figures, such as a patching sweep: blue above zero, orange below, darker is further away.
+
+    What is not finite stays blank. Raises DataError: no (rows, columns) of figures, none of them finite, or labels of
+    another number.
+    """
     values = np.atleast_2d(np.asarray(values, np.float64))
+    if values.ndim != 2 or not np.isfinite(values).any():
+        raise DataError(f"a heat map shows finite figures, (rows, columns); these have shape {values.shape}")
+    for name, labels, count in (("rows", rows, len(values)), ("columns", columns, values.shape[1])):
+        if len(labels) not in (0, count):
+            raise DataError(f"{len(labels)} labels for {count} {name}: give one each, or none")
+    values = np.where(np.isfinite(values), values, np.nan)
     svg = cells(values, size=440, title=title, words=rows, columns=columns)
     high, low = np.nanmax(values), np.nanmin(values)
     note = f"from {number(low)} to {number(high)} {unit}".strip()

@@ -43,7 +43,7 @@ class Subnetwork:
     """A part of a model's matrices.
 
     Attributes:
-        masks: path of every matrix -> (inputs, outputs) boolean, whether a weight is kept.
+        masks: path of every matrix -> (inputs, outputs) boolean, whether a weight is kept; DataError for others.
         settings: how it was found. steps: that it took.
         losses: of every step, nats, without the penalty. sizes: expected share kept, of every step.
         stable: no spike of the loss that it had not recovered from in time (the paper's rule; see `is_stable`).
@@ -57,6 +57,13 @@ class Subnetwork:
     sizes: np.ndarray = dataclasses.field(default_factory=lambda: np.empty(0))
     stable: bool = True
     decided: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.masks:
+            raise DataError("a subnetwork needs the mask of at least one matrix")
+        for path, mask in self.masks.items():
+            if mask.dtype != bool:
+                raise DataError(f"the mask of {path} is {mask.dtype}: give booleans, true where a weight is kept")
 
     @property
     def kept(self) -> int:
@@ -100,8 +107,15 @@ class Subnetwork:
 
     def model(self, model: Transformer) -> Transformer:
         """A copy of the model with only these weights; the others are 0. Raises DataError for another model's masks."""
-        graph, params = masked(model, "binary")
+        graph, params = masked(model, "binary", self.paths(model))
         return bind(graph, {**params, **scores_of(self, params)})
+
+    def paths(self, model: Transformer) -> str:
+        """A regex for the matrices that masks lie on. Raises DataError where they are not this model's."""
+        known = {path for path, _ in modules(model)}
+        if wrong := [path for path in self.masks if path not in known]:
+            raise DataError(f"a mask of another model: this one has no {wrong[0]}")
+        return "|".join(map(re.escape, self.masks))
 
     def table(self) -> show.Picture:
         """Where the kept weights are."""
@@ -164,17 +178,27 @@ def find(
         progress: called every 50 steps with step, losses and shares kept.
 
     Raises:
-        DataError: a target of another vocabulary. EditError: no matrix matches `where`, or an unknown rule.
+        DataError: a target or texts of another vocabulary, or penalties, steps or a rate that
+            cannot be. EditError: no matrix matches `where`, or an unknown rule.
     """
     if target is not None and target.vocab != model.config.vocab:
         raise DataError(f"the target knows {target.vocab} ids, the model {model.config.vocab}: count with vocab=...")
+    if not isinstance(data, Tokens):
+        raise DataError(
+            f"the texts are a {type(data).__name__}: give Tokens, such as Tokens.from_array(ids, vocab=...)"
+        )
+    if data.vocab > model.config.vocab:
+        raise DataError(f"the texts have {data.vocab} ids, the model {model.config.vocab}: was another tokenizer used?")
+    sizes = tuple(np.atleast_1d(np.asarray(sizes, np.float64)).tolist())
     if not sizes or steps < 1:
         raise DataError(f"sizes = {sizes}, steps = {steps}: need at least one of each")
+    if not all(0 <= size < math.inf for size in sizes) or not 0 <= learning_rate < math.inf:
+        raise DataError(f"sizes = {sizes}, learning_rate = {learning_rate}: penalties and the rate are at least 0")
     if rule == "binary":
         raise EditError("rule = 'binary' learns nothing: take continuous, hard_concrete or topk")
     rate = learning_rate or 2 * TRAVEL / steps
     growth = math.exp(HEAT / steps)
-    graph, params = masked(model, rule, where, growth=growth, **settings)
+    graph, params = masked(model, rule, where, **{"growth": growth, **settings})
     scores = {name: x for name, x in params.items() if name.endswith(".scores")}
     clocks = [name for name in params if name.endswith(".clock")]
     still = {name: x for name, x in params.items() if name not in scores and name not in clocks}
@@ -267,7 +291,7 @@ def is_stable(losses: np.ndarray, tail: int = 100) -> bool:
     for i in range(10, len(losses)):
         before = losses[i - 10 : i].mean()
         if not waiting and (losses[i] > before + 0.25 or losses[i] > before * 1.25):
-            waiting, limit = True, before + 0.25
+            waiting, limit = True, min(before + 0.25, before * 1.25)
         elif waiting and losses[i] <= limit:
             waiting = False
         if waiting and i >= len(losses) - tail:
@@ -303,6 +327,8 @@ def overlap(a: Subnetwork, b: Subnetwork, *, shuffles: int = 10_000, by: str = "
         raise DataError("these subnetworks are of different models: their matrices differ")
     if by not in ("weights", "rows"):
         raise DataError(f"by = {by!r}: shuffle weights or rows")
+    if shuffles < 1:
+        raise DataError(f"shuffles = {shuffles}: chance needs at least 1")
     rng, seen, drawn = np.random.default_rng(seed), 0, np.zeros(shuffles)
     for path, one in a.masks.items():
         two = b.masks[path]

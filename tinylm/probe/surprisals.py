@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinylm import show
-from tinylm.data import Tokens, Windows
+from tinylm.data import DataError, Tokens, Windows, check_tokens
 from tinylm.model import Transformer
 from tinylm.probe.bigrams import Bigrams
 from tinylm.probe.subnetworks import Subnetwork, masked, scores_of
@@ -101,12 +101,19 @@ def measure(
 
     full; subnetwork; random: as many weights of every matrix at random; complement: full minus subnetwork; without
     random: full minus random. `windows` is cut to what there are.
+
+    Raises DataError: masks of another model, bigrams or texts of another vocabulary, or nothing to read.
     """
-    graph, params = masked(model, "binary")
+    if bigrams.vocab != model.config.vocab:
+        raise DataError(f"the bigrams know {bigrams.vocab} ids, the model {model.config.vocab}: count with vocab=...")
+    if windows < 1 or batch < 1:
+        raise DataError(f"windows = {windows}, batch = {batch}: read at least one")
+    graph, params = masked(model, "binary", part.paths(model))
     source = Windows(held_out, batch=1, length=min(length, model.config.context), seed=seed)
     count = min(windows, source.windows)
     chosen = [source(i) for i in range(count)]
     tokens, targets = (np.concatenate([getattr(b, name) for b in chosen]) for name in ("tokens", "targets"))
+    check_tokens(tokens, model.config.vocab, "held_out")
     whole = Subnetwork({path: np.ones_like(mask) for path, mask in part.masks.items()})
     random = part.shuffled(seed)
     every = {"full": whole, "subnetwork": part, "random": random}
@@ -124,6 +131,8 @@ def measure(
             soft[name].append(np.asarray(b, np.float64))
     key = bigrams.surprisal(tokens, targets)
     seen = np.isfinite(key)
+    if not seen.any():
+        raise DataError("no pair of the held-out texts was ever counted: are these bigrams of such texts?")
     filled = np.where(seen, key, key[seen].max())
     rows = {}
     for name in every:

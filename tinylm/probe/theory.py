@@ -20,6 +20,8 @@ from tinylm import ops, show
 from tinylm.data import DataError, check_tokens
 from tinylm.model import MLP, GatedMLP, Transformer
 from tinylm.taps import compose, recording
+from tinylm.techniques import Technique
+from tinylm.techniques.mask import Mask
 from tinylm.weights import bind, pure
 
 # --- criticality ------------------------------------------------------------------------------------------------------
@@ -60,9 +62,16 @@ def _slope(x: np.ndarray) -> float:
 
 
 def signal(model: Transformer, tokens: np.ndarray) -> Signal:
-    """Activation and gradient variance of the stream against depth, on (B, T) ids; the loss is the next token's."""
+    """Activation and gradient variance of the stream against depth, on (B, T) ids; the loss is the next token's.
+
+    Raises DataError: texts of fewer than 2 tokens, ids out of range, or a head that predicts no tokens.
+    """
     tokens = np.asarray(tokens)
     check_tokens(tokens, model.config.vocab)
+    if model.config.head in ("classes", "none"):
+        raise DataError(f'a "{model.config.head}" head predicts no tokens: there is no loss to differentiate')
+    if tokens.ndim != 2 or tokens.shape[1] < 2:
+        raise DataError(f"tokens must be rows of at least 2 ids, (B, T); got shape {tokens.shape}")
     graph, params = pure(model)
     names = ("embed", *(f"blocks.{layer}.resid" for layer in range(model.config.layers)))
     activation, gradient = _signal(graph, names)(params, tokens)
@@ -144,18 +153,26 @@ def lipschitz(
         samples: points drawn per ball, half of them at its corners.
 
     Returns one result per point; `sampled` is never above `bound`. Raises DataError: no such layer, an MLP that is not
-    the kit's own, points of another width, or a radius that is not above 0.
+    the kit's own or has techniques but masks on it (a rounded input has no slope), points that are not finite or of
+    another width, or a radius that is not above 0.
     """
     c = model.config
     if not 0 <= layer < c.layers:
         raise DataError(f"layer = {layer}: the model has layers 0 to {c.layers - 1}")
-    mlp, points = model.blocks[layer].mlp, np.atleast_2d(np.asarray(points, np.float64))
+    mlp, points = getattr(model.blocks[layer], "mlp", None), np.atleast_2d(np.asarray(points, np.float64))
     if type(mlp) not in (MLP, GatedMLP):
         raise DataError(
             f"the MLP of layer {layer} is a {type(mlp).__name__}: bounds are known for plain and gated ones"
         )
-    if points.shape[1] != c.width or eps <= 0:
+    for name in ("up", "gate", "down"):
+        if isinstance(found := getattr(mlp, name, None), Technique) and not isinstance(found, Mask):
+            raise DataError(
+                f"{name} of layer {layer} is a {type(found).__name__}, which may do more than multiply: fold the model"
+            )
+    if points.shape[1] != c.width or not 0 < eps < np.inf:
         raise DataError(f"points have shape {points.shape} and eps = {eps}: need (n, {c.width}) and a radius above 0")
+    if not np.isfinite(points).all() or samples < 0:
+        raise DataError(f"samples = {samples}, points from {points.min()} to {points.max()}: need finite points")
     curve = _Curve(mlp.activation)
     rng = np.random.default_rng(seed)
     jacobian = jax.jit(jax.vmap(jax.jacrev(lambda x: mlp(x[None, None])[0, 0])))

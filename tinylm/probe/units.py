@@ -14,6 +14,8 @@ import numpy as np
 from tinylm.data import DataError, Tokens, Windows, check_tokens
 from tinylm.markup import FAINT, Picture, framed, number, tag, visible
 from tinylm.model import Transformer
+from tinylm.parts import LayerNorm
+from tinylm.probe.activations import matrix_of, unwrapped
 from tinylm.probe.pictures import spelled
 from tinylm.taps import recording
 from tinylm.weights import bind, pure
@@ -49,7 +51,7 @@ def _pass(graph: Any, layer: int) -> Callable:
         seen: dict[str, Any] = {}
         bind(graph, params)(tokens, tap=recording(seen, rf"blocks\.{layer}\.mlp\.hidden"))
         x = seen[f"blocks.{layer}.mlp.hidden"].astype(jnp.float32)
-        return x.max(1), x.argmax(1), x.sum((0, 1)), (x > 0).sum((0, 1)), x
+        return x.max(1), x.argmax(1), x
 
     return jax.jit(run)
 
@@ -67,8 +69,10 @@ def neurons(
 ) -> Neurons:
     """Read many windows of text (or (rows, T) ids) and keep the strongest contexts of every neuron of a layer.
 
-    Raises DataError: a layer that is not there, or ids out of range.
+    Raises DataError: a layer that is not there or has no MLP, ids out of range or in no rows, or nothing to read.
     """
+    if rows < 1 or batch < 1 or most < 1:
+        raise DataError(f"rows = {rows}, batch = {batch}, most = {most}: need at least 1 of each")
     c = model.config
     if not 0 <= layer < c.layers:
         raise DataError(f"layer = {layer}: the model has layers 0 to {c.layers - 1}")
@@ -78,15 +82,19 @@ def neurons(
     else:
         ids = np.asarray(data, np.int32)
     check_tokens(ids, c.vocab)
+    if ids.ndim != 2 or not ids.size:
+        raise DataError(f"tokens must be rows of ids, (rows, T); got shape {ids.shape}")
+    block = unwrapped(model.blocks[layer])
+    if not hasattr(block, "mlp"):
+        raise DataError(f"a {c.block} block has no MLP whose neurons could be seen")
     graph, params = pure(model)
     run, most = _pass(graph, layer), min(most, len(ids))
-    best = np.full((most, 0), 0.0)
     kept: list[np.ndarray] = []
     total, active = 0.0, 0.0
     for at in range(0, len(ids), batch):
         part = ids[at : at + batch]
         filled = np.concatenate([part, np.repeat(part[-1:], min(batch, len(ids)) - len(part), axis=0)])
-        peak, place, _, _, x = (np.asarray(v) for v in run(params, filled))
+        peak, place, x = (np.asarray(v) for v in run(params, filled))
         n = len(part)
         total, active = total + x[:n].sum((0, 1)), active + (x[:n] > 0).sum((0, 1))
         number_of = np.broadcast_to(np.arange(at, at + n)[:, None], peak[:n].shape)
@@ -95,7 +103,8 @@ def neurons(
         order = np.argsort(-kept[0], axis=0, kind="stable")[:most]
         kept = [np.take_along_axis(v, order if v.ndim == 2 else order[..., None], axis=0) for v in kept]
     best, row, position, values = (v.swapaxes(0, 1) for v in kept)
-    out = np.asarray(model.blocks[layer].mlp.down.weight(), np.float32)
+    out = np.asarray(matrix_of(unwrapped(block.mlp).down), np.float32)
+    out = out - out.mean(1, keepdims=True) if isinstance(model.norm, LayerNorm) else out
     read = np.asarray(model.embed.weight() if c.head != "untied" else model.head.out.weight().T, np.float32)
     scale = np.asarray(model.norm.scale[...]) if hasattr(model.norm, "scale") else 1.0
     says = (out * scale) @ read.T
