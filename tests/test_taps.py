@@ -11,7 +11,7 @@ from numpy_model import NumpyModel, random_params
 from tinylm import model as model_room
 from tinylm.config import ModelConfig
 from tinylm.model import Transformer, shapes, sites
-from tinylm.taps import compose, patching, recording, untouched, wants, within
+from tinylm.taps import ablating, compose, patching, recording, steering, untouched, wants, within
 from tinylm.weights import bind, pure
 
 SMALL = {"vocab": 31, "context": 12, "width": 16, "layers": 2, "heads": 2}
@@ -143,6 +143,30 @@ def test_sites_offered_only_when_wanted_are_known(kind, monkeypatch):
         within("left", recording({}, "right.*")),
     ):
         jax.eval_shape(lambda p, tap=tap: bind(GRAPH, p)(CLEAN, tap=tap), PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: recording({}, "blocks.("), "sites = 'blocks.(' is no regular expression"),
+        (lambda: ablating("blocks.("), "is no regular expression"),
+        (lambda: ablating(r"blocks\.0\.attn\.heads", at=np.s_[:, :, 9]), "does not index blocks.0.attn.heads"),
+        (lambda: steering({"embed": np.ones(16)}, at=np.s_[:, 99]), "does not index embed"),
+        (lambda: patching({"embed": [1, 2]}), "cannot patch embed: it has shape (2, 9, 16), the new value (2,)"),
+        (lambda: ablating("embed", {"embed": np.ones(3)}), "the value to put there (3,)"),
+    ],
+)
+def test_what_would_do_nothing_or_another_thing(make, message):
+    """JAX drops what is written outside an array: an ablation of head 9 of 2 would seem to change nothing."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        jax.eval_shape(lambda p: bind(GRAPH, p)(CLEAN, tap=make()), PARAMS)
+
+
+def test_an_index_may_be_traced():
+    tap = lambda head: ablating(r"blocks\.0\.attn\.heads", at=(slice(None), slice(None), head))  # noqa: E731
+    run = jax.jit(lambda p, head: bind(GRAPH, p)(CLEAN, tap=tap(head)))
+    one = bind(GRAPH, PARAMS)(CLEAN, tap=tap(1))
+    np.testing.assert_allclose(run(PARAMS, jnp.int32(1)), one, atol=1e-5)
 
 
 def test_gradient_through_a_tap():

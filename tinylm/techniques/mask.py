@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from tinylm.parts import Linear
-from tinylm.techniques import Technique, technique
+from tinylm.techniques import EditError, Technique, technique
 from tinylm.techniques.rounding import Stored, one_of, require, through
 
 NEVER = -1e6  # the score of a weight that is 0 already
@@ -88,6 +88,8 @@ class Mask(Technique):
         require(growth >= 1, "growth", growth, "must be at least 1")
         require(0 < keep <= 1, "keep", keep, "must be above 0 and at most 1")
         self.growth, self.keep, self.noise = growth, keep, noise
+        if not hasattr(inner, "weight"):
+            raise EditError(f"a {type(inner).__name__} is more than a matrix: mask before it is put on, or fold it")
         w = inner.weight()
         if rule == "binary":
             self.scores = Stored((w != 0).astype(jnp.int8))
