@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tinylm import show
 from tinylm.config import ModelConfig
-from tinylm.markup import ATTRIBUTES, HIDDEN, TAGS, Markup, duration, esc, number, tag, visible
+from tinylm.markup import ATTRIBUTES, HIDDEN, TAGS, Markup, duration, esc, number, pane, tag, visible
 
 ALLOWED = TAGS | {"svg"}
 
@@ -329,3 +329,15 @@ def test_the_only_html_door():
             source = path.read_text()
             assert not re.search(r"\b(HTML|Javascript|SVG|display_html)\(|_repr_html_\b(?!\()", source), path
             assert not re.search(r"""["']<(div|span|svg|table|p|b|pre)[ >]""", source), path
+
+
+def test_a_pane_shows_pictures_and_no_markup_of_others():
+    pytest.importorskip("ipywidgets")
+    shown = pane()
+    shown.put("<script>alert(1)</script>")
+    assert "<script" not in shown.value
+    assert "&lt;script" in shown.value
+    shown.put(show.table([["a"]], ["name"]))
+    assert "<table" in shown.value
+    shown.put(None)
+    assert shown.value == ""

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tinylm.text import documents, split
@@ -109,7 +109,7 @@ class Slow:
         if n1 and n2 and n3:
             y = n1 / (n1 + 2 * n2)
             found = (0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3)
-            if min(found) >= 0:
+            if min(found[1:]) > 0:
                 return found
         return 0, 0.5, 1, 1.5
 
@@ -130,7 +130,17 @@ class Slow:
 DOCUMENT = st.lists(st.integers(1, 3), max_size=12).map(lambda words: [0, *words, 0])
 
 
+NOTHING_TAKEN = [
+    [0, 1, 2, 3, 1, 3, 0],
+    [0, 3, 2, 2, 3, 1, 1, 1, 1, 2, 2, 3, 2, 0],
+    [0, 3, 1, 3, 0],
+    [0, 1, 2, 3, 1, 3, 0],
+    [0, 1, 1, 1, 2, 3, 1, 3, 3, 0],
+]
+
+
 @settings(deadline=None)
+@example(NOTHING_TAKEN, [[0, 1, 0]], 2)  # the estimated discount of a count of 2 is exactly 0
 @given(st.lists(DOCUMENT, min_size=1, max_size=25), st.lists(DOCUMENT, min_size=1, max_size=4), st.integers(1, 5))
 def test_it_is_the_definition(train, valid, order):
     fast = KneserNey([np.array(doc) for doc in train], 5, order).logprobs([np.array(doc) for doc in valid])

@@ -11,6 +11,7 @@ import html
 import math
 import re
 from collections.abc import Iterable
+from typing import Any
 
 # Controls but tab and newline, everything that is invisible or turns the reading direction, halves of surrogate pairs.
 HIDDEN = re.compile(
@@ -103,6 +104,18 @@ FAINT = "opacity:.72"
 def framed(*parts: object) -> Markup:
     """The outermost element of everything shown. The classes keep MathJax from reading `$...$` in a text."""
     return tag("div", *parts, class_="tinylm mathjax_ignore tex2jax_ignore", style=FRAME)
+
+
+def pane() -> Any:
+    """An ipywidgets pane; its `put(shown)` takes a `Picture`, `Markup` or None, and shows any other text as text."""
+    import ipywidgets
+
+    class Pane(ipywidgets.HTML):
+        def put(self, shown: Any) -> None:
+            markup = Markup(shown.html) if isinstance(shown, Picture) else shown
+            self.value = str(framed(markup)) if markup is not None else ""
+
+    return Pane()
 
 
 def number(x: float | None, digits: int = 3) -> str:

@@ -165,7 +165,7 @@ def _discounts(counts: np.ndarray) -> np.ndarray:
     if min(n[:3]) > 0:
         y = n[0] / (n[0] + 2 * n[1])
         discount = np.array([0.0, *(k - (k + 1) * y * n[k] / n[k - 1] for k in (1, 2, 3))])
-        if (discount >= 0).all():
+        if (discount[1:] > 0).all():  # a discount of 0 would leave nothing to what was not seen
             return discount
     return np.array([0.0, 0.5, 1.0, 1.5])
 

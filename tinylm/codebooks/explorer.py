@@ -24,7 +24,7 @@ from tinylm.codebooks.page import page
 from tinylm.codebooks.reading import Context, Labels, Match, contexts, fired, named_codes
 from tinylm.codebooks.steering import Handle, effects, handle, steer
 from tinylm.generation import prompt_ids
-from tinylm.markup import FAINT, RULE, Markup, Picture, framed, join, tag, visible
+from tinylm.markup import FAINT, RULE, Markup, Picture, framed, join, pane, tag, visible
 from tinylm.store import write_bytes
 
 MARK = "background:rgba(230,159,0,.45);border-radius:3px;padding:1px 0;font-weight:600"
@@ -219,7 +219,7 @@ class Explorer:
             ) from None
         query = w.Text(placeholder="search: a word, a label, a site", layout=w.Layout(width="320px"))
         listed = w.Select(rows=12, layout=w.Layout(width="320px"))
-        view, made = w.HTML(), w.HTML()
+        view, made = pane(), pane()
         prompt, ban = w.Text(value="One day,", description="prompt"), w.Checkbox(value=False, description="ban instead")
         go = w.Button(description="steer by this code")
 
@@ -228,7 +228,8 @@ class Explorer:
 
         def open_one(_: Any = None) -> None:
             if listed.value is not None:
-                view.value, made.value = self.code(listed.value).html, ""
+                view.put(self.code(listed.value))
+                made.put(None)
 
         def write(_: Any) -> None:
             if listed.value is None:
@@ -238,9 +239,9 @@ class Explorer:
             try:
                 text = steer(self.model, [prompt.value], tokens=min(60, room), seed=self.seed, **change)[0]
                 how = f"{'without' if ban.value else 'with'} {address(listed.value)}"
-                made.value = show.sample(text, how, prompt=prompt.value).html
+                made.put(show.sample(text, how, prompt=prompt.value))
             except ValueError as error:  # such as a prompt that fills the context
-                made.value = framed(str(error))
+                made.put(str(error))
 
         query.observe(find, "value")
         listed.observe(open_one, "value")

@@ -7,7 +7,7 @@ import hashlib
 import json
 from typing import Any
 
-from tinylm.markup import Markup, esc
+from tinylm.markup import Markup, esc, join, tag
 
 STYLE = """
 :root{color-scheme:light dark}
@@ -105,10 +105,11 @@ def page(title: str, about: str, data: Any) -> str:
     )
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    header = join([tag("b", title), tag("span", about)])
     body = Markup(
-        f"<header><b>{esc(title)}</b><span>{esc(about)}</span></header>"
-        '<nav><input id="query" type="search" placeholder="search: a word, a label, a site" aria-label="search codes">'
-        '<div id="list"></div></nav><main id="view"></main>'
+        f"<header>{header}</header><nav>"
+        '<input id="query" type="search" placeholder="search: a word, a label, a site" aria-label="search codes">'
+        '<section id="list"></section></nav><main id="view"></main>'
     )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
