@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -20,6 +21,16 @@ SHAPED = ("taps", "weights", "parts", "model", "losses", "optim", "step", "gener
 install_import_hook([f"tinylm.{room}" for room in SHAPED], "beartype.beartype")
 
 import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """Compiled programs and their traces would add up to six gigabytes per worker over the whole suite."""
+    yield
+    pages = Path("/proc/self/statm")
+    if pages.exists() and int(pages.read_text().split()[1]) * 4096 > 3e9 and "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
