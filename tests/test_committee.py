@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from tinylm.checkpoint import load
+from tinylm.checkpoint import load, save
 from tinylm.classification import (
     Committee,
     Dataset,
@@ -144,7 +144,10 @@ def test_files(committee, tmp_path):
     np.testing.assert_array_equal(again.logits(TEXTS), fitted.logits(TEXTS))
     one = load(tmp_path / "c" / "member-001")  # each a model of its own
     np.testing.assert_array_equal(scores(one, TEXTS), scores(committee.members[1], TEXTS))
-    fitted.save(tmp_path / "c")  # again
+    smaller = Committee(fitted.members[:2], fitted.names)
+    smaller.save(tmp_path / "c")  # over the larger one: whole until the end, and no member is left over
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["committee.json", "member-003", "member-004"]
+    np.testing.assert_array_equal(Committee.load(tmp_path / "c").logits(TEXTS), smaller.logits(TEXTS))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "note").write_text("mine")
     with pytest.raises(FileExistsError, match="no committee"):
@@ -156,6 +159,30 @@ def test_files(committee, tmp_path):
         (tmp_path / "c" / "committee.json").write_text(json.dumps({**raw, **change}))
         with pytest.raises(SetError, match="is damaged or of another version"):
             Committee.load(tmp_path / "c")
+
+
+def test_a_save_that_is_interrupted_leaves_the_old_committee(committee, tmp_path, monkeypatch):
+    """The third member cannot be written: what was there is what is loaded, and the next save goes through."""
+    committee.save(tmp_path / "c")
+    calls = []
+
+    def failing(model, path):
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError("the disk is full")
+        return save(model, path)
+
+    monkeypatch.setattr("tinylm.classification.committee.save", failing)
+    for folder in ("c", "new"):
+        calls.clear()
+        with pytest.raises(OSError, match="disk is full"):
+            Committee(committee.members[::-1], committee.names).save(tmp_path / folder)
+    np.testing.assert_array_equal(Committee.load(tmp_path / "c").logits(TEXTS), committee.logits(TEXTS))
+    monkeypatch.undo()
+    for folder in ("c", "new"):
+        committee.save(tmp_path / folder)
+        assert len(Committee.load(tmp_path / folder)) == 3
+        assert len(list((tmp_path / folder).iterdir())) == 4
 
 
 def test_the_engine(committee, tmp_path):
@@ -195,7 +222,6 @@ class Options:
 
 
 def test_the_command_fine_tunes_and_evaluates(members, tmp_path):
-    from tinylm.checkpoint import save
 
     lines = [{"text": t, "label": n} for t, n in zip(TEXTS * 5, [DATA.names[i] for i in DATA.labels] * 5, strict=True)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -212,7 +238,6 @@ def test_the_command_fine_tunes_and_evaluates(members, tmp_path):
 
 
 def test_the_worlds_test_texts_are_not_those_that_were_learned(members, tmp_path, monkeypatch):
-    from tinylm.checkpoint import save
     from tinylm.classification import command
 
     save(Transformer(members[0].config.replace(head="mlm", classes=0), tokenizer=members[0].tokenizer), tmp_path / "m")

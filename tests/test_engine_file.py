@@ -21,11 +21,12 @@ from tinylm.formats import FormatError
 CONSTANTS = layout.Constants(
     kind=0, vocab=3, context=5, width=2, layers=1, heads=1, kv_heads=1, head_width=2, hidden=4, norm=0, block=0, mlp=0,
     rotary=2, qk_norm=0, head=0, classes=0, embed_norm=0, token_types=0, learned=0, known=3, begin=1, ends=(1, 2),
-    tensors=0, activations=8, cache=0, members=1, norm_eps=1e-5, theta=10_000.0, attention_scale=0.7, softcap=0.0,
+    tensors=0, activations=8, cache=0, members=1, pooling=0, bare=0, norm_eps=1e-5, theta=10_000.0, attention_scale=0.7,
+    softcap=0.0,
 )  # fmt: skip
 FIELDS = {  # the contract's numbers, written down once more
     0: 0, 1: 3, 2: 5, 3: 2, 4: 1, 5: 1, 6: 1, 7: 2, 8: 4, 9: 0, 10: 0, 11: 0, 12: 2, 13: 0, 14: 0, 15: 0, 16: 0, 17: 0,
-    18: 0, 19: 3, 20: 1, 21: 1, 22: 2, 23: -1, 24: -1, 26: 8, 27: 0, 28: 1,
+    18: 0, 19: 3, 20: 1, 21: 1, 22: 2, 23: -1, 24: -1, 26: 8, 27: 0, 28: 1, 29: 0, 30: 0,
 }  # fmt: skip
 SHAPES = {"embed": (3, 2), "blocks.0.mlp.gate": (4, 2), "blocks.0.mlp.up": (4, 2), "blocks.0.mlp.down": (2, 4)}
 SHAPES |= {f"blocks.0.attn.{name}": (2, 2) for name in "qkvo"}

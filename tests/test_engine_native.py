@@ -36,13 +36,15 @@ DECODERS = {
     "odd": {"width": 20, "heads": 2, "hidden": 23, "vocab": 263, "head_width": 6, "mlp": "reglu"},
     "original": {"block": "post", "norm": "layernorm", "embed_norm": True, "token_types": 2, "positions": "learned"},
 }
-ENCODERS = {
+READERS = {
     "bert": {"head": "mlm", "positions": "learned", "bias": True, "norm": "layernorm", "block": "post", "mlp": "gelu"},
     "classes": {"head": "classes", "classes": 3, "norm": "layernorm", "token_types": 2, "embed_norm": True},
+    "mean": {"head": "classes", "classes": 3, "pooling": "mean", "block": "post", "norm": "layernorm"},
+    "last": {"kind": "decoder", "head": "classes", "classes": 5, "pooling": "last", "pooler": False},
     "features": {"head": "none", "window": 4},
 }
 PROMPT = [5, 17, 200, 17, 5, 17, 200]
-ALL = DECODERS | {name: {"kind": "encoder", **more} for name, more in ENCODERS.items()}
+ALL = DECODERS | {name: {"kind": "encoder", **more} for name, more in READERS.items()}
 
 
 @functools.cache
@@ -112,6 +114,17 @@ def test_a_batch_of_texts_is_each_of_them_alone(files):
         for features in (True, False):
             for one, text in zip(engine._core.forward(texts, features), texts, strict=True):
                 np.testing.assert_array_equal(one, Engine(path, threads=1)._core.forward([text], features)[0])
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
+def test_a_text_read_in_pieces_is_pooled_whole(folder, pooling):
+    more = {"context": 600, "head": "classes", "classes": 3, "pooling": pooling}
+    path = str(folder / f"long-{pooling}.tlm")
+    export(tinylm.Transformer(ModelConfig(**(SIZES | more))), path, bits="int8")
+    texts = [tokens_for(path, n) for n in (5, 600, 400, 3, 1)]
+    core, slow = Engine(path)._core, Slow(path)
+    for found, expected in zip(core.forward(texts, False), slow.forward(texts, False), strict=True):
+        np.testing.assert_array_equal(found, expected)
 
 
 def test_classes_and_pooled_features(files):

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,7 @@ __all__ = ["COMBINE", "Committee", "EngineCommittee", "combined", "learned_weigh
 
 FILE = "committee.json"
 FORMAT = 1
+MEMBER = re.compile(r"member-(\d{3,})(\.tlm)?")
 
 
 # --- the rules --------------------------------------------------------------------------------------------------------
@@ -198,13 +201,13 @@ class Committee:
     def save(self, folder: str | os.PathLike) -> Path:
         """Write the committee: committee.json, and each member as a saved model of its own: member-000, member-001, ...
 
-        Raises FileExistsError: the folder holds something else.
+        A committee that was there stays whole until the new one is: new members get new names, and the file that lists
+        them comes last. Raises FileExistsError: the folder holds something else.
         """
-        folder = _room(folder)
-        for i, member in enumerate(self.members):
-            save(member, folder / f"member-{i:03d}")
-        write_bytes(folder / FILE, self._said(""))
-        return folder
+        names = _fresh(folder, len(self))
+        for name, member in zip(names, self.members, strict=True):
+            save(member, Path(folder) / name)
+        return self._list(folder, names)
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Committee:
@@ -214,18 +217,25 @@ class Committee:
         return cls(members, said["names"], combine=said["combine"], weights=said["weights"])
 
     def export(self, folder: str | os.PathLike, bits: str = "int8", **settings: Any) -> EngineCommittee:
-        """Write one .tlm file per member for the engine, and committee.json beside them; see `tinylm.export`."""
-        folder = _room(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for i, member in enumerate(self.members):
-            export(member, folder / f"member-{i:03d}.tlm", bits, **settings)
-        write_bytes(folder / FILE, self._said(".tlm"))
-        return EngineCommittee(folder)
+        """Write one .tlm file per member for the engine, and committee.json beside them; see `tinylm.export`.
 
-    def _said(self, suffix: str) -> bytes:
-        members = [f"member-{i:03d}{suffix}" for i in range(len(self))]
+        Over another committee as `save`. Raises FileExistsError: the folder holds something else.
+        """
+        names = [f"{name}.tlm" for name in _fresh(folder, len(self))]
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, member in zip(names, self.members, strict=True):
+            export(member, Path(folder) / name, bits, **settings)
+        return EngineCommittee(self._list(folder, names))
+
+    def _list(self, folder: str | os.PathLike, members: list[str]) -> Path:
+        """Make the committee in a folder these members, and remove those that it had before."""
+        folder = Path(folder)
         about = {"combine": self.combine, "weights": self.weights, "names": self.names, "members": members}
-        return json.dumps({"format": FORMAT, **about}, indent=2).encode()
+        write_bytes(folder / FILE, json.dumps({"format": FORMAT, **about}, indent=2).encode())
+        for old in folder.glob("member-*"):
+            if MEMBER.fullmatch(old.name) and old.name not in members:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        return folder
 
 
 class EngineCommittee:
@@ -257,12 +267,15 @@ class EngineCommittee:
         return [self.names[i] for i in self.logits(texts).argmax(-1)]
 
 
-def _room(folder: str | os.PathLike) -> Path:
-    """The folder, if it may be written: new, empty or a committee's."""
+def _fresh(folder: str | os.PathLike, count: int) -> list[str]:
+    """Names of new members, beside those that are there. The folder must be new, empty or a committee's."""
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()) and not (folder / FILE).is_file():
+    there = [path.name for path in folder.iterdir()] if folder.exists() else []
+    numbers = [int(found[1]) for name in there if (found := MEMBER.fullmatch(name))]
+    if there and FILE not in there and len(numbers) < len(there):  # members alone: what an interrupted save left
         raise FileExistsError(f"{folder} holds something that is no committee: save into another folder")
-    return folder
+    first = max(numbers, default=-1) + 1
+    return [f"member-{i:03d}" for i in range(first, first + count)]
 
 
 def _read(folder: str | os.PathLike) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from tinylm.engine.layout import (
     MLPS,
     NORMS,
     PANEL,
+    POOLINGS,
     Constants,
     Flaw,
     Kind,
@@ -90,6 +91,7 @@ def _check_constants(c: Constants) -> None:
         ("block", BLOCKS),
         ("mlp", MLPS),
         ("head", HEADS),
+        ("pooling", POOLINGS),
         ("cache", CACHES),
     ):
         if not 0 <= getattr(c, name) < len(choices):
@@ -97,13 +99,15 @@ def _check_constants(c: Constants) -> None:
     for name in ("vocab", "context", "width", "layers", "heads", "kv_heads", "head_width", "hidden", "known"):
         if not 1 <= getattr(c, name) <= LIMITS.get(name, WIDEST):
             raise Flaw(f"{name} = {getattr(c, name)}: impossible, or more than the engine has room for")
-    for name in ("qk_norm", "embed_norm", "learned"):
+    for name in ("qk_norm", "embed_norm", "learned", "bare"):
         if getattr(c, name) not in (0, 1):
             raise Flaw(f"{name} = {getattr(c, name)}: must be 0 or 1")
     if c.heads % c.kv_heads or c.heads * c.head_width > WIDEST:
         raise Flaw(f"{c.heads} heads of {c.head_width}, {c.kv_heads} of keys")
     if (HEADS[c.head] == "classes") != (c.classes > 0) or not 0 <= c.classes <= LIMITS["classes"]:
         raise Flaw(f"a head of kind {HEADS[c.head]} with {c.classes} classes")
+    if (c.pooling or c.bare) and not c.classes:
+        raise Flaw(f"pooling = {c.pooling}, bare = {c.bare}: nothing is pooled without classes")
     if not 0 <= c.token_types <= LIMITS["token_types"] or c.known > c.vocab or c.members != 1:
         raise Flaw(f"token_types = {c.token_types}, known = {c.known} of {c.vocab}, members = {c.members}")
     marks = (*c.ends, *([c.begin] if c.begin != -1 else []))
@@ -173,7 +177,7 @@ def _needs(c: Constants, has: Container[str]) -> Iterator[tuple[str, _Need]]:
     yield "rotates", _Need("ints", 1, c.layers)
     if kind in ("tied", "untied", "mlm"):
         yield from matrix("head.out", c.vocab, c.width, kind == "untied")
-    if kind in ("mlm", "classes"):
+    if kind == "mlm" or (kind == "classes" and not c.bare):
         yield from matrix("head.dense", c.width, c.width, bias=True)
     if kind == "mlm":
         yield from norm("head.norm")

@@ -30,6 +30,7 @@ from tinylm.engine.layout import (
     KINDS,
     MLPS,
     NORMS,
+    POOLINGS,
     Constants,
     Kind,
     Tensor,
@@ -254,8 +255,11 @@ def _numbers(config: ModelConfig) -> Iterator[tuple[str, int | float]]:
             yield name, choices[name].index(getattr(config, name))
         elif name in ("norm_eps", "theta", "softcap"):
             yield name, float(np.float32(getattr(config, name)))
-        elif hasattr(config, name) and name not in ("rotary", "attention_scale"):
+        elif hasattr(config, name) and name not in ("rotary", "attention_scale", "pooling"):
             yield name, int(getattr(config, name))
+    pools = config.head == "classes"
+    yield "pooling", POOLINGS.index(config.pooling) if pools else 0
+    yield "bare", int(pools and not config.pooler)
     rotates = "rope" in {config.at("positions", i) for i in range(config.layers)}
     yield "rotary", (config.rotary or config.head_width) if rotates else 0
     yield "learned", int(config.at("positions", 0) == "learned")

@@ -54,7 +54,7 @@ float: its input's scale, instead of one per token); panel_planes has NAME.dithe
     rotates                           ints 1 x layers: 1 where the layer has rotary positions
     head.out                          matrix: of an untied head, classes x width, or a tied head's own copy of the table
     head.dense, head.norm, head.bias  of the mlm head, the first of the classes head too; head.bias is 1 x vocab, and
-                                      head.dense has a bias, as head.out of a classes head
+                                      head.dense has a bias, as head.out of a classes head; a bare one has no head.dense
     tokenizer                         raw: tokenizer.json, keys sorted, no spaces
     pieces                            raw: u32 count, u32 offsets[count + 1], then the bytes that each id stands for
     merges                            raw: how texts become ids, see `encoding`; only where native code can do it

@@ -35,6 +35,7 @@ BLOCKS = ("pre", "post", "parallel")
 MLPS = ("swiglu", "geglu", "reglu", "gelu", "gelu_tanh", "relu2")
 GATED = MLPS[:3]
 HEADS = ("tied", "untied", "mlm", "classes", "none")
+POOLINGS = ("cls", "mean", "last")
 KINDS = ("decoder", "encoder")
 CACHES = ("auto", "float32", "int8")
 ACTIVATIONS = {8: "int8", 32: "float32"}
@@ -43,7 +44,7 @@ FLOATS_AT = 40  # field of the first float
 
 
 class Constants(NamedTuple):
-    """Fields 0 .. 31 (int32; `ends` takes four, filled up with -1), then from field 40 on (float32)."""
+    """Fields 0 .. 30 (int32; `ends` takes four, filled up with -1), then from field 40 on (float32)."""
 
     kind: int
     """Index into KINDS."""
@@ -81,6 +82,10 @@ class Constants(NamedTuple):
     """Index into CACHES; 0: int8 where head_width is a multiple of 16 and at least 32."""
     members: int
     """1."""
+    pooling: int
+    """Index into POOLINGS: what a classes head reads; 0 for all other heads."""
+    bare: int
+    """1: a classes head without head.dense and its tanh."""
     norm_eps: float
     theta: float
     attention_scale: float

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from tinylm.engine.layout import problem
+from tinylm.engine.layout import POOLINGS, problem
 
 if TYPE_CHECKING:
     from tinylm.model import Transformer
@@ -75,7 +75,8 @@ def strangers(model: Transformer) -> Iterator[str]:
 
     c = model.config
     norm = parts.NORMS[c.norm]
-    table = {"": room.Transformer, "norm": norm, "embed_norm": norm, "head": room.HEADS[c.head], "head.norm": norm}
+    head = parts.POOLED[c.pooling] if c.head == "classes" and c.pooling in POOLINGS else room.HEADS[c.head]
+    table = {"": room.Transformer, "norm": norm, "embed_norm": norm, "head": head, "head.norm": norm}
     inside = {
         "": room.BLOCKS[c.block],
         "attn": room.Attention,
@@ -153,9 +154,9 @@ def matrices(model: Transformer, as_int8: bool, problems: list[str]) -> Iterator
                 full = f"blocks.{i}.{name}"
                 yield full, _matrix(full, module, eps, as_int8, problems)
     for own in ("dense", "out"):
-        if hasattr(model.head, own):
+        if (module := getattr(model.head, own, None)) is not None:
             full = f"head.{own}"
-            matrix = _matrix(full, getattr(model.head, own), eps, as_int8, problems)
+            matrix = _matrix(full, module, eps, as_int8, problems)
             if matrix.norm is not None or matrix.input:
                 problems.append(f"{full} has a norm or an input scale of its own, as only matrices of blocks may")
             yield full, matrix

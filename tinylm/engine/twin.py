@@ -43,13 +43,19 @@ from tinylm.engine.arithmetic import (
     lanesum,
     quantize,
 )
-from tinylm.engine.layout import BLOCKS, CACHES, GATED, HEADS, KINDS, MLPS, Kind
+from tinylm.engine.layout import BLOCKS, CACHES, GATED, HEADS, KINDS, MLPS, POOLINGS, Kind
 from tinylm.store import PathLike
 
 EXACT = 1040  # columns whose sums of codes are exact in float32, whatever the order: 127 * 127 * 1040 < 2^24
 CHUNK = 256  # cached positions whose weighted codes are summed exactly before they become a float
 QUERIES = 32  # attended to at once, to save memory
 SURE = 1e-9  # chance per token that screening misses a row, at most
+
+POOLS = {
+    "cls": lambda x: x[:1],
+    "mean": lambda x: x.cumsum(0, dtype=F32)[-1:] / F32(len(x)),  # position after position, as native code adds up
+    "last": lambda x: x[-1:],
+}
 
 Watch = Callable[[str, np.ndarray], None]
 """Sees every array of integers, and the scales that go with them, by name."""
@@ -359,13 +365,14 @@ class Twin:
         return self.matrices[f"{name}.down"](hidden, watch)
 
     def _head(self, x: np.ndarray, watch: Watch | None = None) -> np.ndarray:
-        """Features (T, D) to logits (T, V), to scores (1, C) of the first position, or as they are."""
+        """Features (T, D) to logits (T, V), to scores (1, C) of what is pooled, or as they are."""
         c, kind, m = self.constants, HEADS[self.constants.head], self.matrices
         table = m.get("head.out", m["embed"])
         if kind == "none":
             y = x
         elif kind == "classes":
-            y = table(arithmetic.tanh(m["head.dense"](x[:1], watch)), watch)
+            x = POOLS[POOLINGS[c.pooling]](x)
+            y = table(x if c.bare else arithmetic.tanh(m["head.dense"](x, watch)), watch)
         elif kind == "mlm":
             x = self._norm("head.norm", arithmetic.gelu(m["head.dense"](x, watch)))
             y = table(x, watch) + self.vectors["head.bias"][0]

@@ -39,6 +39,7 @@ public:
     void exact_panel(int i, int panel, float* out16) const;
 
     const float* features(int row) const { return x_.data() + static_cast<size_t>(row) * width_; }
+    float* features(int row) { return x_.data() + static_cast<size_t>(row) * width_; }
     float* output(int row) { return output_.data() + static_cast<size_t>(row) * output_stride_; }
     int output_stride() const { return output_stride_; }
     void make_sequences(int count);  // at least so many

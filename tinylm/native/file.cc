@@ -152,6 +152,8 @@ void File::check_constants() {
         fail(TLM_FILE, "constant activations = %d: must be 8 (int8) or 32 (float32)", c.activations);
     number("cache", c.cache, 0, 2);
     number("members", c.members, 1, 1);
+    number("pooling", static_cast<int>(c.pooling), 0, c.head == Head::classes ? 2 : 0);
+    number("bare", c.bare, 0, c.head == Head::classes ? 1 : 0);
     if (c.heads % c.kv_heads)
         fail(TLM_FILE, "constant heads = %d: not a multiple of kv_heads = %d", c.heads, c.kv_heads);
     if (c.rotary % 2) fail(TLM_FILE, "constant rotary = %d: must be even", c.rotary);

@@ -26,6 +26,7 @@ enum class Norm : int32_t { rmsnorm, layernorm };
 enum class Block : int32_t { pre, post, parallel };
 enum class Mlp : int32_t { swiglu, geglu, reglu, gelu, gelu_tanh, relu2 };
 enum class Head : int32_t { tied, untied, mlm, classes, none };
+enum class Pooling : int32_t { cls, mean, last };
 
 // The 64 fields at byte 64: integers in 0 .. 39, floats from 40 on. Names as in ModelConfig.
 struct Constants {
@@ -44,7 +45,9 @@ struct Constants {
     int32_t activations;  // 8: int8 codes, one scale per token; 32: float
     int32_t cache;        // 0: by the head's width, 1: float32, 2: int8
     int32_t members;
-    int32_t unused[11];
+    Pooling pooling;  // what a classes head reads
+    int32_t bare;     // 1: a classes head without head.dense and its tanh
+    int32_t unused[9];
     float norm_eps, theta, attention_scale, softcap;
     float unused_floats[20];
 };

@@ -226,7 +226,7 @@ void Model::read_head() {
     const bool own = file.find("head.out") != nullptr;
     outputs = c.head == Head::classes ? c.classes : c.head == Head::none ? c.width : c.vocab;
     if (c.head == Head::none) return;
-    if (c.head == Head::mlm || c.head == Head::classes) dense = matrix("head.dense", c.width, c.width);
+    if (c.head == Head::mlm || (c.head == Head::classes && !c.bare)) dense = matrix("head.dense", c.width, c.width);
     if (c.head == Head::mlm) head_norm = norm_weights("head.norm", c.width);
     const bool tied = (c.head == Head::tied || c.head == Head::mlm) && !own;
     if (own) weight_bytes -= file.find("embed")->bytes;  // only one of its rows is read

@@ -34,6 +34,24 @@ double log_probability(const Kernels& kernels, const float* x, int n, int token)
     return static_cast<double>(x[token]) - most - std::log(sum);
 }
 
+// The row that a classes head reads of this span, once it is known; -1: not yet, or not any more. A mean takes the place
+// of the span's first row; it is summed position after position, as the slow twin does.
+int pooled(Session& session, const Span& span, int row, bool whole, std::vector<float>& sums) {
+    const int width = static_cast<int>(sums.size());
+    switch (session.model.constants.pooling) {
+        case Pooling::cls: return span.first == 0 ? row : -1;
+        case Pooling::last: return whole ? row + span.count - 1 : -1;
+        case Pooling::mean: break;
+    }
+    if (span.first == 0) std::fill(sums.begin(), sums.end(), 0.0f);
+    for (int r = row; r < row + span.count; r++)
+        for (int i = 0; i < width; i++) sums[i] += session.features(r)[i];
+    if (!whole) return -1;
+    const float count = static_cast<float>(span.first + span.count);
+    for (int i = 0; i < width; i++) session.features(row)[i] = sums[i] / count;
+    return row;
+}
+
 }  // namespace
 
 void forward(Generation& generation, int texts, const int32_t* lengths, const int32_t* tokens, const int32_t* types,
@@ -45,6 +63,7 @@ void forward(Generation& generation, int texts, const int32_t* lengths, const in
     const auto copy = [&](const float* row) { out = std::copy_n(row, columns, out); };
     generation.forget();
     std::vector<Span> spans;
+    std::vector<float> sums(model.constants.width);  // of a text whose mean is asked for
     for (int text = 0, first = 0; text < texts;) {
         // Several short texts, or a piece of a long one. An encoder's text cannot be cut.
         spans.clear();
@@ -65,8 +84,10 @@ void forward(Generation& generation, int texts, const int32_t* lengths, const in
         if (classes) {
             int row = 0;
             for (const Span& span : spans) {
-                if (span.first == 0) {
-                    session.head(&row, 1);
+                const bool whole = &span != &spans.back() || first == 0;  // its text ends here
+                const int at = pooled(session, span, row, whole, sums);
+                if (at >= 0) {
+                    session.head(&at, 1);
                     copy(session.output(0));
                 }
                 row += span.count;
