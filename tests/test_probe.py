@@ -161,6 +161,7 @@ def test_paths():
         (lambda: probe.direct(MODEL, CLEAN, last=-2), "last = -2"),
         (lambda: probe.direct(MODEL, CLEAN, [99]), "ids: id 99"),
         (lambda: probe.direct(MODEL, CLEAN[0]), "rows of ids"),
+        (lambda: probe.direct(MODEL, CLEAN).table(row=9), "row = 9: there are"),
         (lambda: probe.patterns(MODEL, CLEAN[0]), "rows of ids"),
         (lambda: record(MODEL, CLEAN, batch=0), "batch = 0"),
     ],
@@ -255,6 +256,8 @@ def test_lenses():
     np.testing.assert_allclose(lens.logits[-1], MODEL(CLEAN), atol=1e-5)
     assert lens.divergence()[-1] == 0
     assert lens.surprisal(CLEAN).shape == (3,)
+    with pytest.raises(DataError, match="tokens have shape"):
+        lens.surprisal(CLEAN[:, 1:])
     tokens = Tokens.from_array(RNG.integers(0, 23, 600), vocab=23)
     tuned = probe.tuned_lens(MODEL, tokens, steps=40, batch=4, length=8, learning_rate=0.01)
     after = tuned(MODEL, CLEAN)
@@ -303,6 +306,9 @@ def test_a_hand_built_induction_head_scores_one():
     assert scores["induction"][0, 0] < 0.1
     with pytest.raises(DataError, match="must fit the context of 20"):
         probe.head_scores(induction_model(), half=11)
+    for wrong in ({"half": 4.5}, {"rows": 0}, {"begin": 999}):
+        with pytest.raises(DataError, match=next(iter(wrong))):
+            probe.head_scores(induction_model(), **{"half": 4, **wrong})
 
 
 def test_scores_of_patterns_written_down():
@@ -384,6 +390,10 @@ def test_a_probe_reads_what_is_there_and_its_control_does_not(kind):
             probe.linear_probe(clear, labels, **more)
     with pytest.raises(DataError, match="not finite"):
         probe.linear_probe(clear * np.nan, labels)
+    with pytest.raises(DataError, match="alpha = -1"):
+        probe.ridge(clear, clear, -1)
+    with pytest.raises(DataError, match=r"y \(400,\)"):
+        probe.ridge(clear, labels)
     with pytest.raises(DataError, match="single label"):
         probe.linear_probe(clear, np.zeros(400))
 

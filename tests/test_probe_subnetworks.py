@@ -334,3 +334,11 @@ def test_a_search_that_cannot_be(more, error, message):
     model, tokens = Transformer(ModelConfig(**SMALL)), Tokens.from_array(np.zeros(40, int), vocab=12)
     with pytest.raises(error, match=message):
         probe.find(model, given.pop("data", tokens), given.pop("target"), **given)
+
+
+def test_matrices_inside_a_wrapped_mlp_are_not_passed_over():
+    tokens = Tokens.from_array(np.zeros(40, int), vocab=12)
+    for where in (r"blocks\.0\.mlp", r"blocks\.0"):
+        model = edit(Transformer(ModelConfig(**SMALL)), where, "codebook", side="output", codes=4, k=1)
+        with pytest.raises(EditError, match=f"{where} has a Codebook around it"):
+            probe.find(model, tokens, None, steps=2)

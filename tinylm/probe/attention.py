@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from tinylm import show
-from tinylm.data import DataError
+from tinylm.data import DataError, check_tokens
 from tinylm.markup import FAINT, Picture, framed, tag, visible
 from tinylm.model import Transformer
 from tinylm.probe.activations import seen
@@ -55,12 +55,16 @@ def head_scores(
         half: tokens that are repeated; those of a row are all different if the vocabulary has as many.
         begin: an id in front of every row, which patterns then are cut by; None: none.
 
-    Raises DataError when two halves do not fit the context.
+    Raises DataError when two halves do not fit the context, without rows, or for a `begin` that is no id.
     """
     c = model.config
     lead = 0 if begin is None else 1
-    if 2 * half + lead > c.context or half < 2:
-        raise DataError(f"half = {half}: twice that must fit the context of {c.context}, and it must be at least 2")
+    if type(half) is not int or 2 * half + lead > c.context or half < 2:
+        raise DataError(f"half = {half!r}: a whole number from 2, twice which must fit the context of {c.context}")
+    if type(rows) is not int or rows < 1:
+        raise DataError(f"rows = {rows!r}: read at least 1 text")
+    if begin is not None:
+        check_tokens(np.asarray(begin), c.vocab, "begin")
     rng = np.random.default_rng(seed)
     others = np.setdiff1d(np.arange(c.vocab), [] if begin is None else [begin])
     once = np.stack([rng.choice(others, half, replace=half > len(others)) for _ in range(rows)])

@@ -55,7 +55,10 @@ class Contributions:
         return self.values[chosen].sum(0)
 
     def table(self, *, row: int = 0, position: int = -1, id: int = 0, most: int = 20) -> show.Picture:
-        """The largest parts of one logit; `id` is its place among the ids asked for."""
+        """The largest parts of one logit; `id` is its place among the ids asked for. Raises DataError beyond them."""
+        for name, place, size in zip(("row", "position", "id"), (row, position, id), self.logits.shape, strict=True):
+            if not -size <= place < size:
+                raise DataError(f"{name} = {place}: there are {size} here, counted from 0")
         own = self.values[:, row, position, id]
         order = np.argsort(-np.abs(own))[:most]
         rows = [[self.names[i], f"{own[i]:+.3f}"] for i in order]

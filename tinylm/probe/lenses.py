@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, Float
 
 from tinylm import ops
-from tinylm.data import DataError, Tokens, Windows
+from tinylm.data import DataError, Tokens, Windows, check_tokens
 from tinylm.model import Transformer
 from tinylm.probe.activations import seen
 from tinylm.taps import recording
@@ -43,7 +43,14 @@ class Lens:
         return (np.exp(logp[-1]) * (logp[-1] - logp)).sum(-1).mean((1, 2)) / np.log(2)
 
     def surprisal(self, tokens: np.ndarray) -> np.ndarray:
-        """(layers + 1,) mean bits that each layer needs for the next token of (B, T) `tokens`."""
+        """(layers + 1,) mean bits that each layer needs for the next token of the (B, T) `tokens` that were read.
+
+        Raises DataError for tokens of another shape, or fewer than 2 a row.
+        """
+        if np.shape(tokens) != self.logits.shape[1:3] or self.logits.shape[2] < 2:
+            want = self.logits.shape[1:3]
+            raise DataError(f"tokens have shape {np.shape(tokens)}: give the {want} that were read, at least 2 a row")
+        check_tokens(tokens, self.logits.shape[-1])
         logp = self.logprobs()[:, :, :-1]
         ids = np.broadcast_to(np.asarray(tokens)[None, :, 1:, None], (*logp.shape[:-1], 1))
         return -np.take_along_axis(logp, ids, -1)[..., 0].mean((1, 2)) / np.log(2)

@@ -21,9 +21,16 @@ from tinylm.data import DataError
 def ridge(x: Float[Any, "*many n d"], y: Float[Any, "*many n k"], alpha: float = 1.0) -> tuple[Array, Array]:
     """Weights (*many, d, k) and intercepts (*many, k) of least squares with alpha |W|^2; the intercept is not shrunk.
 
-    By the normal equations of centred features, in float32; `x` and `y` may each have leading axes, or neither.
+    By the normal equations of centred features, in float32; `x` and `y` may each have leading axes, or neither. With
+    alpha = 0 the features must be independent, and fewer than the items: there is no single answer otherwise.
+
+    Raises DataError: shapes that do not fit, or a penalty below 0.
     """
     x, y = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
+    if x.ndim < 2 or y.ndim < 2 or x.shape[-2] != y.shape[-2]:
+        raise DataError(f"x has shape {x.shape} and y {y.shape}: give (items, features) and (items, targets)")
+    if not 0 <= alpha < np.inf:
+        raise DataError(f"alpha = {alpha}: the penalty must be at least 0")
     mean_x, mean_y = x.mean(-2, keepdims=True), y.mean(-2, keepdims=True)
     dx, dy = x - mean_x, y - mean_y
     gram = jnp.einsum("...nd,...ne->...de", dx, dx, precision="highest") + alpha * jnp.eye(x.shape[-1])

@@ -29,7 +29,7 @@ from tinylm import ops, show
 from tinylm.data import DataError, Tokens, Windows
 from tinylm.model import Transformer
 from tinylm.probe.bigrams import Bigrams
-from tinylm.techniques import EditError, edit, modules, put
+from tinylm.techniques import EditError, Technique, edit, modules, put
 from tinylm.techniques.mask import Mask
 from tinylm.weights import bind, pure
 
@@ -131,7 +131,15 @@ class Subnetwork:
 
 
 def masked(model: Transformer, rule: str, where: str = MATRICES, **settings: Any) -> tuple[Any, dict[str, Any]]:
-    """Graph and parameters of a copy of the model with a mask over every matrix; the model stays as it is."""
+    """Graph and parameters of a copy of the model with a mask over every matrix; the model stays as it is.
+
+    Raises EditError where the usual pattern would pass over matrices, because a technique lies around their parent.
+    """
+    if where == MATRICES:
+        for path, module in modules(model):
+            if isinstance(module, Technique) and re.fullmatch(r"blocks\.\d+(\.(attn|mlp))?", path):
+                what = f"{path} has a {type(module).__name__} around it, and its matrices are at {path}.inner: "
+                raise EditError(f"{what}find a subnetwork before that is put on, or say where=")
     twin = edit(nnx.clone(model), where, "mask", rule=rule, **settings)
     return pure(twin)
 

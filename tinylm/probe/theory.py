@@ -19,6 +19,7 @@ import numpy as np
 from tinylm import ops, show
 from tinylm.data import DataError, check_tokens
 from tinylm.model import MLP, GatedMLP, Transformer
+from tinylm.probe.activations import unwrapped
 from tinylm.taps import compose, recording
 from tinylm.techniques import Technique
 from tinylm.techniques.mask import Mask
@@ -159,7 +160,8 @@ def lipschitz(
     c = model.config
     if not 0 <= layer < c.layers:
         raise DataError(f"layer = {layer}: the model has layers 0 to {c.layers - 1}")
-    mlp, points = getattr(model.blocks[layer], "mlp", None), np.atleast_2d(np.asarray(points, np.float64))
+    block, points = unwrapped(model.blocks[layer]), np.atleast_2d(np.asarray(points, np.float64))
+    mlp = getattr(block, "mlp", block)  # an embbert block has none
     if type(mlp) not in (MLP, GatedMLP):
         raise DataError(
             f"the MLP of layer {layer} is a {type(mlp).__name__}: bounds are known for plain and gated ones"
