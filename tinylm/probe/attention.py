@@ -119,7 +119,7 @@ def attention_browser(
             maps.append(tag("div", label, svg, style="width:92px"))
         rows.append(tag("div", *maps, style="display:flex;flex-wrap:wrap;gap:6px 10px;margin-bottom:8px"))
     large = cells(every[head], size=300, least=least, title=f"layer {head[0]} head {head[1]}", words=words)
-    note = f"layer.head; each row is a token, dark where it looks. Large: layer {head[0]} head {head[1]}."
+    note = f"layer.head; each row is a token, coloured where it looks. Large: layer {head[0]} head {head[1]}."
     top = [f"{words[t]} -> {words[int(every[head][t].argmax())]}" for t in range(len(ids))]
     text = visible(f"{note}\n" + "\n".join(top))
     return Picture(framed(*rows, tag("div", note, style=f"margin:6px 0;{FAINT}"), large), text)
