@@ -181,7 +181,9 @@ def test_dead_codes_wake_where_states_are(model, tokens):
 
 def test_waking_while_training(model, tokens):
     copy = tinylm.Transformer(model.config, tokenizer=model.tokenizer)
-    trainer = tinylm.train(copy, tokens, tinylm.TrainConfig(steps=4, batch=2, length=64, log_every=2))
+    trainer = tinylm.train(
+        copy, tokens, tinylm.TrainConfig(steps=4, batch=2, length=64, log_every=2, optimizer="adamw")
+    )
     for step in trainer:
         if step.step == 2:
             moved = codebooks.wake(trainer, [tokens[:256].reshape(4, 64)])
@@ -189,6 +191,37 @@ def test_waking_while_training(model, tokens):
             assert all(np.array_equal(mine[n], its[n]) for n in mine)
     assert moved > 0
     assert trainer.outcome == "done"
+
+
+def test_what_cannot_be_read(model, tokens):
+    with pytest.raises(CodebookError, match="'code'; did you mean 'codes'"):
+        codebooks.read(model, tokens[:20][None], what="code")
+    with pytest.raises(CodebookError, match=r"shape \(20,\): give a batch"):
+        codebooks.read(model, tokens[:20])
+    with pytest.raises(CodebookError, match="id 999 at position 0"):
+        codebooks.read(model, np.array([[999]]))
+    with pytest.raises(ValueError, match=r"no site 'blocks.0.mlp.dwn.codes'.*did you mean"):
+        codebooks.tapped(model, tinylm.patching({"blocks.0.mlp.dwn.codes": jnp.zeros((1, 20, 1, 2), int)}))
+    with pytest.raises(CodebookError, match="no batches"):
+        codebooks.usage(model, [])
+    lost, state = bind(*pure(model)), np.array(model.blocks[0].mlp.down.book[...])
+    lost.embed.table.set_value(jnp.full_like(model.embed.table[...], jnp.nan))
+    with pytest.raises(CodebookError, match="not finite: this model has diverged"):
+        codebooks.start(lost, [tokens[:256].reshape(4, 64)])
+    np.testing.assert_array_equal(lost.blocks[0].mlp.down.book[...], state)
+
+
+def test_packed_texts_are_read_at_their_own_positions():
+    """Learned positions begin anew with each text of a row: codes of the second are those it has alone."""
+    config = ModelConfig(vocab=30, context=16, width=16, layers=1, heads=2, positions="learned")
+    model = discretize(tinylm.Transformer(config), "mlp", codes=64, k=1)
+    text = np.arange(8)[None]
+    row = tinylm.data.Batch(
+        np.tile(text, (1, 2)), np.tile(text, (1, 2)), None, np.tile(text, (1, 2)), np.repeat([[1, 2]], 8, 1)
+    )
+    (one,) = codebooks.usage(model, [text]).values()
+    (two,) = codebooks.usage(model, [row]).values()
+    np.testing.assert_array_equal(two, 2 * one)
 
 
 # --- the index --------------------------------------------------------------------------------------------------------
@@ -254,6 +287,15 @@ def test_what_cannot_be_indexed(model, tokens, index, tmp_path):
         codebooks.build(model, tokens, tmp_path / "own")
     with pytest.raises(CodebookError, match="not this model's corpus"):
         codebooks.build(model, tinylm.Tokens.from_array(np.arange(9), vocab=999), tmp_path / "i")
+    for wrong in ({"stride": 0}, {"stride": 65}, {"batch": 0}):
+        with pytest.raises(CodebookError, match=f"{next(iter(wrong))} = "):
+            codebooks.build(model, tokens, tmp_path / "i", **wrong)
+    with pytest.raises(CodebookError, match="tokens are ndarray: give Tokens"):
+        codebooks.build(model, tokens[:], tmp_path / "i")
+    (tmp_path / "own" / "index.json").write_text('{"name": "a package"}')  # not ours to replace
+    with pytest.raises(CodebookError, match="something else than an index"):
+        codebooks.build(model, tokens, tmp_path / "own")
+    assert (tmp_path / "own" / "file").exists()
     with pytest.raises(CodebookError, match="no group 3"):
         index.postings(DOWN, 3, 0)
     with pytest.raises(CodebookError, match="no code 24"):
@@ -349,7 +391,7 @@ def test_neurons_at_the_codes_recall():
     x = rng.standard_normal((4000, 6))
     x[:, 4] = -1.0 * (labels.values == 2) + 0.3 * rng.standard_normal(4000)
     (match,) = codebooks.best_neurons({"site": x}, fires, labels, {"two": 0.8})
-    assert match.code == -4
+    assert (match.code, match.group) == (4, -1)
     assert match.recall == pytest.approx(0.8, abs=0.05)
     assert match.precision > 0.9
 
@@ -377,6 +419,13 @@ def test_contexts_are_places_where_the_code_fires(index, tokenizer):
         at = int(index.starts[c.document]) + c.position
         assert code in index.chosen(DOWN)[at]
         assert c.token == tokenizer.decode(np.asarray(index.tokens[at : at + 1], np.int64))
+
+
+def test_half_of_one_document_is_none():
+    fires, labels = toy()
+    fires.starts = fires.starts[:1]
+    with pytest.raises(CodebookError, match="1 document"):
+        codebooks.best_codes(fires, labels)
 
 
 # --- steering ---------------------------------------------------------------------------------------------------------
@@ -437,6 +486,11 @@ def test_positions_outside_the_window_are_not_steered(model):
         ({"ban": [(DOWN, 0, c) for c in range(23)]}, "1 are not banned"),
         ({"activate": [(DOWN, 0, 1)], "ban": [(DOWN, 0, 1)]}, "both activated and banned"),
         ({"tokens": 63}, "do not fit the context of 64"),
+        ({"tokens": 0}, "tokens = 0"),
+        ({"activate": (DOWN, 0, 1)}, "'blocks.0.mlp.down' is no code: give a list"),
+        ({"ban": [(DOWN, 0, 1.5)]}, "is no code"),
+        ({"positions": (9, 3)}, r"positions = \(9, 3\)"),
+        ({"positions": (9,)}, "positions"),
     ],
 )
 def test_what_cannot_be_steered(model, codes, message):
@@ -488,6 +542,12 @@ def look(model, index, tokenizer):
     labels = codebooks.token_labels(index, tokenizer)
     hostile = codebooks.Labels("x", labels.values, tuple(f"</script><script>alert({i})</script>" for i in range(300)))
     return codebooks.Explorer(model, index, labels=[hostile])
+
+
+def test_the_explorer_wants_the_model_s_own_index(model, index):
+    other = discretize(tinylm.Transformer(model.config.replace(edits=()), tokenizer=model.tokenizer), codes=8, k=1)
+    with pytest.raises(CodebookError, match="is not of this model"):
+        codebooks.Explorer(other, index)
 
 
 def test_the_explorer_finds_and_shows(look):

@@ -62,6 +62,8 @@ def test_patching_all_codes_makes_it_the_other_text(walker):
     assert same["all"] == pytest.approx(0, abs=1e-4)
     with pytest.raises(CodebookError, match="no codebook is called 'x'"):
         fsm.patching_table(walker, MACHINE, {"x": ["x"]}, pairs=4)
+    with pytest.raises(CodebookError, match="no two of 10 states share"):
+        fsm.patching_table(walker, tinylm.World(mode="fsm", states=10, successors=2), parts, same_digit=True)
 
 
 def test_divergence_and_purity(walker):

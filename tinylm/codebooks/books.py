@@ -12,9 +12,12 @@ import numpy as np
 from flax import nnx
 
 from tinylm.config import suggest
+from tinylm.shards import DataError, check_tokens
 from tinylm.taps import Tap, recording, within
-from tinylm.techniques.codebook import SIMILARITIES, Codebook
+from tinylm.techniques.codebook import Codebook, nearest
 from tinylm.weights import bind, pure
+
+SEEN = ("codes", "states", "inputs")  # sites of a codebook's own
 
 
 class CodebookError(ValueError):
@@ -56,32 +59,70 @@ def tapped(model: Any, tap: Tap, *, on: bool = True) -> Any:
     """A model that shares all arrays with this one, and whose codebooks report to `tap`.
 
     Sites are the codebooks' names and `.codes` (ids, (B, T, groups, k)), `.states` or `.inputs` (after and before the
-    codebook's norm, (B, T, groups, width)); what the
-    tap returns is gone on with, so `patching` puts other codes in. `on=False` lets states pass as they are.
+    codebook's norm, (B, T, groups, width)); what the tap returns is gone on with, so `patching` puts other codes in.
+    `on=False` lets states pass as they are.
+
+    Raises CodebookError for a model without codebooks, ValueError for a `recording` or `patching` of other sites.
     """
     copy = bind(*pure(model))
-    for name, book in books(copy).items():
+    known = books(copy)
+    if hasattr(tap, "missed"):
+        tap.missed({f"{name}.{what}" for name in known for what in SEEN})
+    for name, book in known.items():
         book.tap, book.on = within(name, tap), on
     return copy
 
 
 @functools.lru_cache(maxsize=16)
 def _reader(graph: Any, what: str, on: bool) -> Any:
-    def read(params: dict, tokens: jax.Array, segments: jax.Array | None) -> dict[str, jax.Array]:
+    def read(params: dict, tokens: jax.Array, segments: Any, positions: Any) -> dict[str, jax.Array]:
         seen: dict[str, jax.Array] = {}
         copy = tapped(bind(graph, params), recording(seen, rf".*\.{what}"), on=on)
-        copy.trunk(tokens, segments=segments)
+        copy.trunk(tokens, segments=segments, positions=positions)
         return {name.removesuffix(f".{what}"): value for name, value in seen.items()}
 
     return jax.jit(read)
 
 
 def read(
-    model: Any, tokens: np.ndarray, *, segments: np.ndarray | None = None, what: str = "codes", on: bool = True
+    model: Any,
+    tokens: np.ndarray,
+    *,
+    segments: np.ndarray | None = None,
+    positions: np.ndarray | None = None,
+    what: str = "codes",
+    on: bool = True,
 ) -> dict[str, jax.Array]:
-    """Name -> chosen ids (B, T, groups, k) int32, or with `what="states"` what they were chosen for, of a batch."""
+    """Name -> chosen ids (B, T, groups, k) int32, best first, of a batch of tokens (B, T).
+
+    Args:
+        segments, positions: as in the model's call. what: "codes", or "states" or "inputs": what they were chosen for,
+            (B, T, groups, width). on: as in `tapped`.
+
+    Raises CodebookError: no codebooks, tokens that are no batch or not the model's, or another `what`.
+    """
+    if what not in SEEN:
+        raise CodebookError(f"what = {what!r}{suggest(what, SEEN)}: take one of {', '.join(SEEN)}")
+    books(model)
+    tokens = np.asarray(tokens)
+    if tokens.ndim != 2:
+        raise CodebookError(
+            f"tokens have shape {tokens.shape}: give a batch of texts, (B, T); tokens[None] is one text"
+        )
+    try:
+        check_tokens(tokens, model.config.vocab)
+    except DataError as error:
+        raise CodebookError(str(error)) from None
     graph, params = pure(model)
-    return _reader(graph, what, on)(params, jnp.asarray(tokens), None if segments is None else jnp.asarray(segments))
+    return _reader(graph, what, on)(params, tokens, segments, positions)
+
+
+def parts(batch: Any) -> tuple[np.ndarray, dict[str, Any], np.ndarray]:
+    """Tokens (B, T) of a batch or an array, what else `read` needs, and which positions are text and no padding."""
+    if not hasattr(batch, "tokens"):
+        return np.asarray(batch), {}, np.ones(np.shape(batch), bool)
+    real = np.ones(batch.tokens.shape, bool) if batch.segments is None else np.asarray(batch.segments) > 0
+    return batch.tokens, {"segments": batch.segments, "positions": batch.positions}, real
 
 
 def gathered(
@@ -94,10 +135,9 @@ def gathered(
         raise CodebookError("no batches to take states from")
     each = -(-most // len(batches))
     for batch in batches:
-        tokens, segments = (batch.tokens, batch.segments) if hasattr(batch, "tokens") else (batch, None)
-        real = np.flatnonzero(np.ones(tokens.shape) if segments is None else np.asarray(segments) > 0)
-        rows = rng.permutation(real)[:each]
-        for name, z in read(model, tokens, segments=segments, what=what, on=on).items():
+        tokens, more, real = parts(batch)
+        rows = rng.permutation(np.flatnonzero(real))[:each]
+        for name, z in read(model, tokens, **more, what=what, on=on).items():
             kept.setdefault(name, []).append(np.asarray(z.reshape(-1, *z.shape[2:])[rows], np.float32))
     return {name: np.concatenate(parts) for name, parts in kept.items()}
 
@@ -115,13 +155,16 @@ def start(
             scale becomes that of the states.
         rounds: of Lloyd's. most: states to draw, default 4 per code and at least 4,096. seed: of the drawing.
 
-    Raises CodebookError: no codebooks, no batches, or another `how`.
+    Raises CodebookError: no codebooks, no batches, another `how`, or states that are not finite (nothing is changed).
     """
     if how not in ("data", "kmeans"):
         raise CodebookError(f'how = {how!r}: take "data" or "kmeans"; `init_std` of the technique draws normal ones')
     known = books(model)
     most = most or max(4096, 4 * max(book.book.shape[1] for book in known.values()))
     inputs = gathered(model, batches, "inputs", on=False, most=most, seed=seed)
+    for name, z in inputs.items():
+        if not np.isfinite(z).all():
+            raise CodebookError(f"states of {name} are not finite: this model has diverged; take an earlier checkpoint")
     for number, (name, book) in enumerate(known.items()):
         z = jnp.asarray(inputs[name])
         if book.norm is not None:  # so that what reads the codes finds the size that it was trained on
@@ -147,7 +190,7 @@ def lloyd(states: jax.Array, first: jax.Array, rounds: int, similarity: str) -> 
     """k-means of (n, groups, width) states, group by group: centres (groups, codes, width); empty ones stay."""
 
     def one(centres: jax.Array, _: None) -> tuple[jax.Array, None]:
-        own = jnp.argmax(SIMILARITIES[similarity](states, centres), -1).T
+        own = nearest(states, centres, jnp.zeros(centres.shape[:2]), 1, similarity)[..., 0]
         group = jnp.arange(states.shape[1])
         total = jnp.zeros_like(centres).at[group, own].add(states)
         count = jnp.zeros(centres.shape[:2]).at[group, own].add(1.0)[..., None]
@@ -160,13 +203,16 @@ def usage(model: Any, batches: Iterable[Any]) -> dict[str, np.ndarray]:
     """Name -> how often each code was chosen, (groups, codes) int64; say over how many positions.
 
     Few positions overstate how many codes are dead: a code used once in 10,000 tokens looks dead in 1,000.
+    Raises CodebookError without codebooks or batches.
     """
-    known = books(model)
+    known, batches = books(model), list(batches)
+    if not batches:
+        raise CodebookError("no batches to count codes in")
     counts = {name: np.zeros(book.book.shape[:2], np.int64) for name, book in known.items()}
     for batch in batches:
-        tokens, segments = (batch.tokens, batch.segments) if hasattr(batch, "tokens") else (batch, None)
-        for name, ids in read(model, tokens, segments=segments).items():
-            ids = np.asarray(ids)[np.ones(tokens.shape, bool) if segments is None else np.asarray(segments) > 0]
+        tokens, more, real = parts(batch)
+        for name, ids in read(model, tokens, **more).items():
+            ids = np.asarray(ids)[real]
             for g, own in enumerate(counts[name]):
                 own += np.bincount(ids[:, g].ravel(), minlength=len(own))
     return counts

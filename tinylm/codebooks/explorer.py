@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinylm import show
-from tinylm.codebooks.books import CodebookError
+from tinylm.codebooks.books import CodebookError, books
 from tinylm.codebooks.page import page
-from tinylm.codebooks.reading import Context, Labels, Match, contexts, fired, named_codes
+from tinylm.codebooks.reading import Context, Labels, Match, contexts, named_codes
 from tinylm.codebooks.steering import Handle, effects, handle, steer
 from tinylm.generation import prompt_ids
 from tinylm.markup import FAINT, RULE, Markup, Picture, framed, join, pane, tag, visible
@@ -58,6 +58,8 @@ class Explorer:
         model: with codebooks; index: of a corpus it read; tokenizer: of both, default the model's.
         labels: what codes may mean, tried for every code; see `reading`.
         texts: tokens (n, T) of positions at which the effect on the next token is measured; default 32 from the index.
+
+    Raises CodebookError without a tokenizer, or for an index of another model.
     """
 
     def __init__(
@@ -74,11 +76,13 @@ class Explorer:
         self.tokenizer = model.tokenizer if tokenizer is None else tokenizer
         if self.tokenizer is None:
             raise CodebookError("the model carries no tokenizer: pass tokenizer=, or codes have no text")
+        own = {name: (book.groups, book.book.shape[1], book.k) for name, book in books(model).items()}
+        if own != {name: (index.sites[name], index.codes[name], index.k[name]) for name in index.sites}:
+            raise CodebookError(
+                f"{index} is not of this model, whose codebooks are {', '.join(own)}: build one with it"
+            )
         self.names = named_codes(index, labels) if labels else {}
-        self.counts = {
-            (name, g): fired(index.chosen(name, g), index.codes[name], np.ones(len(index), bool))
-            for name, g in index.columns
-        }
+        self.counts = {(name, g): index.counts(name, g) for name, g in index.columns}
         if texts is None:
             width = min(24, len(index), model.config.context)
             starts = np.random.default_rng(seed).integers(0, max(1, len(index) - width), 32)

@@ -176,8 +176,10 @@ def patching_table(
         components: name of a component -> names of its codebooks.
         pairs: of different states. length: states in each text.
 
-    Raises CodebookError for a codebook the model does not have.
+    Raises CodebookError for a codebook the model does not have, or a machine of too few states.
     """
+    if world.states < (11 if same_digit else 2):
+        raise CodebookError(f"no two of {world.states} states {'share their second digit' * same_digit or 'differ'}")
     rng = np.random.default_rng(seed)
     a = rng.integers(0, world.states, pairs)
     if same_digit:

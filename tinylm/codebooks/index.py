@@ -152,18 +152,26 @@ def build(
         CodebookError: a model without codebooks, tokens that are not the model's, or a folder that is something else.
     """
     known, folder = books(model), Path(folder)
+    if not isinstance(tokens, Tokens):
+        raise CodebookError(
+            f"tokens are {type(tokens).__name__}: give Tokens, as `write_tokens` or `Tokens.from_array` do"
+        )
     if tokens.vocab > model.config.vocab:
         raise CodebookError(
             f"the tokens have {tokens.vocab} ids, the model {model.config.vocab}: not this model's corpus"
         )
     if len(tokens) >= 1 << 32:
         raise CodebookError(f"{len(tokens):,} positions do not fit 32 bits: index a part of them")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "index.json").is_file():
-        raise CodebookError(f"{folder} holds something else than an index: choose another folder")
+    if folder.exists() and not _replaceable(folder):
+        raise CodebookError(
+            f"{folder} holds something else than an index: choose another folder, or remove it yourself"
+        )
     context = model.config.context
-    stride = stride or max(1, context // 2)
-    if not 0 < stride <= context:
-        raise CodebookError(f"stride = {stride}: must be from 1 to the context of {context}")
+    stride = max(1, context // 2) if stride is None else stride
+    if type(stride) is not int or not 0 < stride <= context:
+        raise CodebookError(f"stride = {stride!r}: must be from 1 to the context of {context}")
+    if type(batch) is not int or batch < 1:
+        raise CodebookError(f"batch = {batch!r}: must be a whole number of windows, at least 1")
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
@@ -189,12 +197,25 @@ def build(
             said[name] = {"dtype": kind, "shape": list(array.shape), "sha256": _sha256(work / name)}
         about = {"format": FORMAT, "sites": sites, "files": said, "corpus_sha256": tokens.sha256, "stride": stride}
         (work / "index.json").write_text(json.dumps(about, indent=1))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.rename(work, folder)
+        if folder.exists():  # the old one goes when the new one is there
+            os.rename(folder, old := work.with_name(f"{work.name}-old"))
+            os.rename(work, folder)
+            shutil.rmtree(old)
+        else:
+            os.rename(work, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return Index(folder)
+
+
+def _replaceable(folder: Path) -> bool:
+    """Whether a folder is empty, or an index: then its arrays may be damaged, but its index.json says what it is."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return folder.is_dir()
+    try:
+        return bool(_said(folder / "index.json"))
+    except CodebookError:
+        return False
 
 
 def _note(

@@ -117,7 +117,7 @@ def regex_labels(index: Any, tokenizer: Any, patterns: Mapping[str, str], *, who
     for name, pattern in patterns.items():
         try:
             compiled[name] = re.compile(pattern)
-        except re.error as error:
+        except (re.error, TypeError) as error:
             raise CodebookError(f"the pattern {name!r}, {pattern!r}, is no regular expression: {error}") from None
     values = {name: np.full(len(index), -1, np.int32) for name in compiled}
     for a, b in spans(index):
@@ -164,9 +164,14 @@ def world_labels(index: Any, tokenizer: Any, stories: Iterable[Any], kind: str) 
 
 
 def halves(fires: Fires) -> np.ndarray:
-    """(positions,) True in every other document: where the best is chosen; it is scored in the rest."""
-    chosen = np.zeros(len(fires), bool)
-    for i, (a, b) in enumerate(spans(fires)):
+    """(positions,) True in every other document: where the best is chosen; it is scored in the rest.
+
+    Raises CodebookError for fewer than two documents.
+    """
+    chosen, documents = np.zeros(len(fires), bool), spans(fires)
+    if len(documents) < 2:
+        raise CodebookError(f"{len(documents)} document: codes are chosen on half of them and scored on the rest")
+    for i, (a, b) in enumerate(documents):
         chosen[a:b] = i % 2 == 0
     return chosen
 
@@ -268,6 +273,8 @@ def best_neurons(
 ) -> list[Match]:
     """For every class in `recalls`: the neuron, either sign, of best precision at that recall.
 
+    A match's `group` is the sign, 1 or -1, its `code` the neuron's number.
+
     Args:
         values: site -> (positions, neurons) float. recalls: class -> the recall to reach, usually the best code's.
             Threshold and neuron are found in the half of the documents that codes are chosen on.
@@ -292,7 +299,7 @@ def best_neurons(
                     hits, positives = int(there[mine[~chosen]].sum()), int(mine[~chosen].sum())
                     p, r, f = map(float, rates(hits, there.sum(), positives))
                     size = positives / max(1, int((~chosen).sum()))
-                    match = Match(labels.kind, label, name, 0, sign * n, p, r, f, int(there.sum()), size)
+                    match = Match(labels.kind, label, name, sign, n, p, r, f, int(there.sum()), size)
         if match is not None:
             found.append(match)
     return found

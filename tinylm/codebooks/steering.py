@@ -29,6 +29,7 @@ from tinylm.config import Sampling
 from tinylm.evaluation import evaluate
 from tinylm.generation import Settings, pick, prompt_ids, tokenizer_of, until_end
 from tinylm.model import Cache
+from tinylm.shards import DataError, check_tokens
 from tinylm.suite.results import Estimate, estimate
 from tinylm.weights import bind, pure
 
@@ -36,8 +37,12 @@ Handle = tuple[str, int, int]
 
 
 def handle(code: Handle | Match) -> Handle:
-    """(site, group, code) of either."""
-    return (code.site, code.group, code.code) if isinstance(code, Match) else (code[0], code[1], code[2])
+    """(site, group, code) of either. Raises CodebookError for what is neither."""
+    own = (code.site, code.group, code.code) if isinstance(code, Match) else code
+    whole = isinstance(own, Sequence) and len(own) == 3 and isinstance(own[0], str)
+    if not whole or not all(isinstance(n, int | np.integer) for n in own[1:]):
+        raise CodebookError(f"{code!r} is no code: give a list of (site, group, code), or of matches")
+    return own[0], int(own[1]), int(own[2])
 
 
 def leans(
@@ -128,7 +133,8 @@ def steer_tokens(
     Args:
         positions: first and last-plus-one position, of prompt and text together, at which codes are changed; None: all.
 
-    Raises CodebookError for codes that cannot be, an empty prompt, or more than the context holds.
+    Raises CodebookError for codes that cannot be, an empty prompt or one of other ids, more than the context holds, or
+    positions that are none.
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     if not len(lengths) or lengths.min() < 1:
@@ -137,12 +143,21 @@ def steer_tokens(
         raise CodebookError(
             f"{lengths.max()} tokens of prompt and {tokens} more do not fit the context of {model.config.context}"
         )
+    if tokens < 1:
+        raise CodebookError(f"tokens = {tokens}: must be at least 1")
+    positions = (0, model.config.context) if positions is None else tuple(positions)
+    if len(positions) != 2 or not 0 <= positions[0] < positions[1]:
+        raise CodebookError(f"positions = {positions}: give the first and the last-plus-one")
     books(model)
     graph, params = pure(model)
     rows = np.zeros((len(prompts), lengths.max()), np.int32)
     for row, prompt in zip(rows, prompts, strict=True):
         row[: len(prompt)] = prompt
-    window = np.array(positions or (0, model.config.context), np.int32)
+    try:
+        check_tokens(rows, model.config.vocab, "prompts")
+    except DataError as error:
+        raise CodebookError(str(error)) from None
+    window = np.array(positions, np.int32)
     given = Settings.of(sampling or Sampling())
     leaned = leans(model, activate, ban)
     out = np.asarray(_writer(graph)(params, leaned, rows, lengths, given, np.uint32(seed), window, count=tokens))

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,12 +23,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from tinylm.parts import NORMS
-from tinylm.taps import Tap, untouched
+from tinylm.parts import NORMS, Linear
+from tinylm.taps import Tap, untouched, wants
 from tinylm.techniques import EditError, Technique, edit, technique
 from tinylm.techniques.rounding import Stored, one_of, require
 
-ROOM = 1 << 21  # scores that exist at once: 8 MB of float32, so that they stay near the core
+ROOM = {"cpu": 1 << 19, "other": 1 << 26}  # scores that exist at once: on a CPU they stay in a core's cache
 
 
 class Losses(NamedTuple):
@@ -53,9 +53,15 @@ class Rule(NamedTuple):
 def decode(
     book: Float[Array, "G C E"], ids: Int[Array, "*batch G k"], share: float = 1.0
 ) -> Float[Array, "*batch G E"]:
-    """The sum of the chosen codes of every group, times `share`."""
-    group = jnp.arange(book.shape[0])[:, None]
-    return share * book[group, ids].sum(-2)
+    """The sum of the chosen codes of every group, times `share`; summed in float32.
+
+    One of the k after the other: a single look-up of all of them is taken apart by XLA into scalars, and where its
+    gradient is near, done k times over (27 times as slow on a CPU at k = 32).
+    """
+    book, group = jnp.asarray(book), jnp.arange(book.shape[0])
+    add = lambda total, at: (total + book[group, at], None)  # noqa: E731
+    zero = jnp.zeros((*ids.shape[:-1], book.shape[-1]), jnp.float32)
+    return (share * jax.lax.scan(add, zero, jnp.moveaxis(ids, -1, 0), unroll=8)[0]).astype(book.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -65,7 +71,8 @@ def assembled(
     """The states that the chosen codes make up; gradients as in the module's docstring.
 
     The reconstruction's gradient is added here, per token and undivided, because a training step divides the gradient
-    of a sum over tokens by their number: so it is that of a mean, whatever the batch, with no hook in the step.
+    of a sum over tokens by the sum of their weights: so it is that of a mean, whatever the batch, with no hook in the
+    step. Only positions that the loss depends on count, which are those with a gradient: padding has none.
     """
     del z
     return decode(book, ids, rule.share)
@@ -78,10 +85,12 @@ def _forward(rule: Rule, z: Array, book: Array, ids: Array) -> tuple[Array, tupl
 
 def _backward(rule: Rule, kept: tuple, g: Array) -> tuple[Array, Array, None]:
     z, book, ids, out = kept
-    by, error = rule.losses, 2 * (out - z)
-    pull = rule.share * (by.model * g + by.reconstruction * error)
-    group = jnp.broadcast_to(jnp.arange(book.shape[0])[:, None], ids.shape)
-    moved = jnp.zeros(book.shape, jnp.float32).at[group, ids].add(pull[..., None, :].astype(jnp.float32))
+    by, counted = rule.losses, jnp.any(g != 0, (-2, -1), keepdims=True)
+    error = jnp.where(counted, 2 * (out - z), 0)
+    pull = (rule.share * (by.model * g + by.reconstruction * error)).astype(jnp.float32)
+    group = jnp.arange(book.shape[0])
+    add = lambda moved, at: (moved.at[group, at].add(pull), None)  # noqa: E731
+    moved = jax.lax.scan(add, jnp.zeros(book.shape, jnp.float32), jnp.moveaxis(ids, -1, 0), unroll=8)[0]
     return (g - by.commitment * error if by.commitment else g), moved.astype(book.dtype), None
 
 
@@ -105,21 +114,107 @@ def nearness(z: Float[Array, "n G E"], book: Float[Array, "G C E"]) -> Float[Arr
 SIMILARITIES = {"cosine": cosines, "euclidean": nearness}
 
 
-def largest(scores: Float[Array, "*batch C"], k: int) -> Int[Array, "*batch k"]:
-    """Where the k largest are, largest first.
+BLOCK = 16  # scores that are looked at as one: which of them are chosen fits a word
+WORTHWHILE = 1 << 18  # scores below which `jax.lax.top_k` is as fast as all below, and compiled faster
 
-    A CPU's top-k reads one value at a time. For small k the largest of interleaved strips are found first, and only
-    those k strips are searched: the same answer but for the order of exact ties, in a third of the time for k = 1 and
-    about three quarters for k = 8.
+
+def largest(scores: Float[Array, "*batch C"], k: int, *, ranked: bool = True) -> Int[Array, "*batch k"]:
+    """Where the k largest are: what `jax.lax.top_k` says, for a CPU, whose top-k reads one value at a time.
+
+    Largest first, of equal ones the first one first; not `ranked`: in an order of no meaning. 0 and -0 are equal, and
+    NaN counts as -inf (`top_k` puts it first).
     """
-    size, high = scores.shape[-1], 32 if k <= 4 else 16
-    if k > 8 or size % high or size // high < 2 * k:
+    size = scores.shape[-1]
+    scores = jnp.where(jnp.isnan(scores), -jnp.inf, scores)
+    if scores.size < WORTHWHILE or size % BLOCK or k > 8 * BLOCK or scores.dtype != jnp.float32:
         return jax.lax.top_k(scores, k)[1]
-    strips = size // high
-    _, best = jax.lax.top_k(scores.reshape(*scores.shape[:-1], high, strips).max(-2), k)
-    places = (best[..., None, :] + strips * jnp.arange(high)[:, None]).reshape(*best.shape[:-1], high * k)
-    _, at = jax.lax.top_k(jnp.take_along_axis(scores, places, -1), k)
-    return jnp.take_along_axis(places, at, -1)
+    ids = _places(scores, k)
+    if not ranked or k == 1:
+        return ids
+    value = jnp.take_along_axis(scores, ids, -1)  # a rank is how many come before: k^2 comparisons, but side by side
+    mine, other, slot = value[..., :, None], value[..., None, :], jnp.arange(k)
+    rank = ((other > mine) | ((other == mine) & (slot < slot[:, None]))).sum(-1)
+    return jnp.where(rank[..., None, :] == slot[:, None], ids[..., None, :], 0).sum(-1)
+
+
+def _places(scores: Array, k: int) -> Array:
+    """Where the k largest are, ascending."""
+    size = scores.shape[-1]
+    if size >= 8 * k * BLOCK and not size % BLOCK**2:  # of many blocks only the k of largest maxima can hold them
+        blocks = scores.reshape(*scores.shape[:-1], -1, BLOCK)
+        best = _places(blocks.max(-1), k)
+        kept = jnp.take_along_axis(blocks, best[..., None], -2)
+        at = _places(kept.reshape(*best.shape[:-1], -1), k)
+        return BLOCK * jnp.take_along_axis(best, at // BLOCK, -1) + at % BLOCK
+    slow = lambda: jnp.sort(jax.lax.top_k(scores, k)[1], -1)  # noqa: E731
+    if k <= 4:
+        return slow() if k > 1 else jax.lax.top_k(scores, k)[1]
+    least, found = _kth(scores, k)
+    return jax.lax.cond(found, lambda: _true(scores >= least, k), slow)
+
+
+def _kth(scores: Array, k: int) -> tuple[Array, Array]:
+    """(*batch, 1) floats that k scores reach, and whether there are such in all rows (not where equal ones are both the
+    kth): between two floats, three others at a time are tried.
+
+    Floats are halved as the whole numbers that their bits are, so at most 16 rounds find any of them; usually six do.
+    """
+    cut = scores.reshape(*scores.shape[:-1], BLOCK, -1)
+    most = cut.max(-2)
+    low = most if most.shape[-1] >= k else scores  # as many scores are no smaller than the least of these
+    low, high = _bits(low.min(-1)), _bits(most.max(-1)) + 1
+
+    def going(state: tuple) -> Array:
+        low, high, reach = state
+        return jnp.any((reach != k) & (high > low + 1))
+
+    def narrower(state: tuple) -> tuple:
+        low, high, reach = state
+        middle = _between(low, high)
+        tried = _between(low, middle), middle, _between(middle, high)
+        one, two, three = (_float(t)[..., None, None] for t in tried)
+        # Three counts in one number, ten bits each: a block has 16 scores.
+        found = ((cut >= one) + ((cut >= two) * (1 << 10)) + ((cut >= three) * (1 << 20))).sum(-2)
+        for shift, at in zip((0, 10, 20), tried, strict=True):
+            n = (found >> shift & 1023).sum(-1)
+            enough = (n >= k) & (at > low)
+            low, reach = jnp.where(enough, at, low), jnp.where(enough, n, reach)
+            high = jnp.where(n < k, jnp.minimum(high, at), high)
+        return low, high, reach
+
+    low, _, reach = jax.lax.while_loop(going, narrower, (low, high, jnp.full(low.shape, -1, jnp.int32)))
+    return _float(low)[..., None], jnp.all(reach == k)
+
+
+def _true(mask: Array, k: int) -> Array:
+    """Where the k true ones of every row are, ascending: the word that holds the jth, and which of its bits that is."""
+    words = jnp.where(mask.reshape(*mask.shape[:-1], -1, BLOCK), 1 << jnp.arange(BLOCK), 0).sum(-1)
+    count = jax.lax.population_count(words)
+    total = jnp.cumsum(count, -1)
+    slot = jnp.arange(k)
+    word = (total[..., None, :] <= slot[:, None]).astype(jnp.int32).sum(-1)
+    both = jnp.take_along_axis(words | (total - count) << BLOCK, word, -1)  # one look-up instead of two
+    nth, bits, place = slot - (both >> BLOCK), both & (1 << BLOCK) - 1, word * BLOCK
+    for half in (8, 4, 2, 1):
+        low = jax.lax.population_count(bits & (1 << half) - 1)
+        up = nth >= low
+        nth, bits, place = jnp.where(up, nth - low, nth), jnp.where(up, bits >> half, bits), place + half * up
+    return place
+
+
+def _bits(x: Array) -> Array:
+    """Whole numbers in the order of floats."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _float(bits: Array) -> Array:
+    return jax.lax.bitcast_convert_type(jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits), jnp.float32)
+
+
+def _between(a: Array, b: Array) -> Array:
+    """The whole number halfway, without overflow."""
+    return (a >> 1) + (b >> 1) + (a & b & 1)
 
 
 def nearest(
@@ -128,19 +223,31 @@ def nearest(
     lean: Float[Array, "G C"],
     k: int,
     similarity: str = "cosine",
-    room: int = ROOM,
+    *,
+    room: int = 0,
+    ranked: bool = True,
 ) -> Int[Array, "n G k"]:
-    """The k codes of every state and group that score highest, `lean` added; at most `room` scores exist at once."""
-    n, groups, width = z.shape
+    """The k codes of every state and group that score highest, `lean` added; at most `room` scores exist at once.
+
+    Ordered as `largest` says. No gradient goes through a choice.
+    """
     score = SIMILARITIES[similarity]
-    one = lambda part: largest(score(part, book) + lean[:, None], k).swapaxes(0, 1)  # noqa: E731
-    rows = max(1, room // (groups * book.shape[1]))
-    if rows >= n:
-        return one(z)
-    parts = -(-n // rows)
-    rows = -(-n // parts)
-    filled = jnp.pad(z, [(0, parts * rows - n), (0, 0), (0, 0)]).reshape(parts, rows, groups, width)
-    return jax.lax.map(one, filled).reshape(parts * rows, groups, k)[:n]
+
+    def on(room: int, best: Callable, *arrays: Array) -> Array:
+        z, book, lean = arrays
+        n, groups, width = z.shape
+        one = lambda part: best(score(part, book) + lean[:, None]).swapaxes(0, 1)  # noqa: E731
+        rows = max(1, room // (groups * book.shape[1]))
+        if rows >= n:
+            return one(z)
+        parts = -(-n // rows)
+        rows = -(-n // parts)
+        filled = jnp.pad(z, [(0, parts * rows - n), (0, 0), (0, 0)], mode="edge").reshape(parts, rows, groups, width)
+        return jax.lax.map(one, filled).reshape(parts * rows, groups, k)[:n]
+
+    cpu = functools.partial(on, room or ROOM["cpu"], functools.partial(largest, k=k, ranked=ranked))
+    other = functools.partial(on, room or ROOM["other"], lambda scores: jax.lax.top_k(scores, k)[1])
+    return jax.lax.platform_dependent(*map(jax.lax.stop_gradient, (z, book, lean)), cpu=cpu, default=other)
 
 
 # --- the technique ----------------------------------------------------------------------------------------------------
@@ -150,7 +257,7 @@ def ends(module: Any) -> tuple[int, int]:
     """Features that a module reads and writes: a matrix, an MLP, attention or a block. Raises EditError for others."""
     if isinstance(module, Codebook):
         return ends(module.inner)
-    if hasattr(module, "kernel"):
+    if isinstance(module, Linear):
         return module.kernel.shape
     if isinstance(module, Technique) and hasattr(module, "weight"):
         return module.weight().shape
@@ -173,7 +280,10 @@ class Codebook(Technique):
         norm: of a state, per group, before all else: "none", "layernorm" (released code) or "rmsnorm".
         similarity: "cosine" or "euclidean".
         loss: "aeloss" (paper), "base" (the model's alone), "vqvae" or "fullaeloss". weight: lambda, of the
-            reconstruction. beta: of the commitment, in the last two.
+            reconstruction. beta: of the commitment, in the last two. Both count for each position that the model's loss
+            depends on (padding never) and are divided as that is: a language model's by the number of tokens. Where few
+            positions have a target, they weigh more: for masked words (15 %) take `weight` 0.15, for classes one by the
+            usual length of a text, for a loss of your own that is a mean, one by what it divides by.
         init_std: standard deviation of the first codes; `codebooks.start` takes better ones from data.
 
     Attributes:
@@ -205,6 +315,8 @@ class Codebook(Technique):
         init_std: float = 1.0,
     ):
         super().__init__(inner, rngs=rngs)
+        if isinstance(inner, Codebook):
+            raise EditError("there is a codebook around it already: make the model anew to change it")
         self.side = one_of("side", side, ("input", "output"))
         self.combine = one_of("combine", combine, ("sum", "mean"))
         self.similarity = one_of("similarity", similarity, SIMILARITIES)
@@ -230,16 +342,16 @@ class Codebook(Technique):
         z = self.tap("inputs", x.reshape(*x.shape[:-1], self.groups, -1))
         return z if self.norm is None else self.norm(z)
 
-    def nearest(self, z: Float[Array, "*batch G E"]) -> Int[Array, "*batch G k"]:
-        """Ids of the chosen codes, best first."""
-        z = jax.lax.stop_gradient(z)
-        ids = nearest(z.reshape(-1, *z.shape[-2:]), self.book[...], self.lean[...], self.k, self.similarity)
+    def nearest(self, z: Float[Array, "*batch G E"], *, ranked: bool = True) -> Int[Array, "*batch G k"]:
+        """Ids of the chosen codes, best first; in any order when not `ranked`."""
+        flat, book, lean = z.reshape(-1, *z.shape[-2:]), self.book[...], self.lean[...]
+        ids = nearest(flat, book, lean, self.k, self.similarity, ranked=ranked)
         return ids.reshape(*z.shape[:-1], self.k)
 
     def quantized(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """The features made of codes. What is not finite stays so: codes would hide that a training diverged."""
         z = self.tap("states", self.states(x))
-        ids = self.tap("codes", self.nearest(z))
+        ids = self.tap("codes", self.nearest(z, ranked=wants(self.tap, "codes")))
         if not self.on:
             return x
         out = assembled(self.rule, z, self.book[...].astype(z.dtype), ids).reshape(x.shape)
