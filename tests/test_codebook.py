@@ -306,3 +306,12 @@ def test_two_codebooks_around_one_module_are_refused():
     with pytest.raises(EditError, match="a codebook around it already"):
         discretize(model, "mlp", codes=4, k=1)
     assert model.config == before
+
+
+def test_what_fails_at_the_second_site_leaves_the_model_alone():
+    model = discretize(tinylm.Transformer(SMALL), "mlp", codes=8, k=1)
+    edits, names = model.config.edits, tinylm.named(model).keys()
+    with pytest.raises(EditError, match="a codebook around it already"):
+        discretize(model, ["attn", "mlp"], codes=8, k=1)
+    assert model.config.edits == edits
+    assert tinylm.named(model).keys() == names

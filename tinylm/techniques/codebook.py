@@ -420,9 +420,10 @@ def discretize(
     which = range(count) if layers is None else layers
     require(len(which) > 0 and set(which) <= set(range(count)), "layers", layers, f"must be among 0 to {count - 1}")
     numbers = r"\d+" if layers is None else f"({'|'.join(map(str, layers))})"
-    for site, (inside, side) in SITES.items():
-        if site in sites:
-            groups = {"groups": model.config.heads} if site == "attn" else {}
-            where = rf"blocks\.{numbers}" + (rf"\.{inside}" if inside else "")
-            edit(model, where, "codebook", rngs=rngs, **{"side": side, **groups, **own})
+    for target in (nnx.clone(model), model):  # what fails at the second site must not be half done
+        for site, (inside, side) in SITES.items():
+            if site in sites:
+                groups = {"groups": model.config.heads} if site == "attn" else {}
+                where = rf"blocks\.{numbers}" + (rf"\.{inside}" if inside else "")
+                edit(target, where, "codebook", rngs=rngs, **{"side": side, **groups, **own})
     return model
