@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinylm import TrainConfig, Transformer, load, preset, save, train
+from tinylm import TrainConfig, Transformer, load, preset, quantize, save, train
 from tinylm.classification import (
     cascade,
     classified,
@@ -25,6 +25,7 @@ from tinylm.classification import (
     cost,
     curve,
     diversity,
+    evaluate_classes,
     masked_texts,
     parameters_like,
     read_set,
@@ -227,6 +228,28 @@ def overlap(b, args, one, deep, wide) -> None:
             b.tuned("fewrel16", name, b.pretrained(name, one, 500 + k, texts), k)
 
 
+EMBBERT = {"snips": (32, 4), "emotion": (48, 5), "ag_news": (64, 2)}  # tokens read, epochs
+
+
+def embbert(b, args, one, deep, wide) -> None:
+    """EmbBERT-Q from scratch on all texts of three sets of its table, in float and with int8 weights."""
+    for name, (length, epochs) in EMBBERT.items():
+        learn, test = (read_set(b.data / f"cls/{name}/{part}.jsonl.gz") for part in ("train", "valid"))
+        for seed in range(args.seeds):
+            file = b.out / f"embbert-{name}-{seed}.json"
+            if file.exists():
+                continue
+            tokenizer = Tokenizer.train(learn.texts, vocab=2048)
+            shape = preset("embbert-q", vocab=tokenizer.vocab, context=length, dropout=0.0)
+            tuning = {"epochs": epochs, "learning_rate": 1e-3, "batch": 32, "length": length, "pooler": False}
+            found = classify(Transformer(shape, rngs=seed, tokenizer=tokenizer), learn, valid=None, seed=seed, **tuning)
+            small = quantize(found.model, "int8").model
+            said = {"texts": len(learn), "tested": len(test), "float": found.evaluate(test)["accuracy"],
+                    "int8": evaluate_classes(small, test)["accuracy"], "seconds": round(found.seconds)}  # fmt: skip
+            print(name, seed, said, flush=True)
+            file.write_text(json.dumps(said))
+
+
 def report(b, args, one, deep, wide) -> None:
     """What there is so far, as json: accuracies by kind, the K-curve, diversity, the cascade."""
     for task, (_, test) in b.sets.items():
@@ -251,16 +274,16 @@ def report(b, args, one, deep, wide) -> None:
             gap = classified(z.mean(0), test.labels, test.names).items["accuracy"]
             gap = estimate(gap - (big.argmax(-1) == test.labels))
             print(f"committee of {len(z)} minus {name}: {gap}")
-            if name.startswith("deep"):
-                few = z[:3]
-                each = [cost(s.replace(head="classes", classes=16), CONTEXT).flops for s in (one, deep)]
-                for kind in ("margin", "entropy", "disagreement"):
-                    found = cascade(few, big, test.labels, (3 * each[0], each[1]), kind)
+            each = [cost(s.replace(head="classes", classes=16), CONTEXT).flops for s in (one, wide, deep)]
+            flops = each[2 if name.startswith("deep") else 1]
+            for few in (1, 3):
+                for kind in ("margin", "entropy", "disagreement")[: 2 if few == 1 else 3]:
+                    found = cascade(z[:few], big, test.labels, (few * each[0], flops), kind)
                     at = [int(share * len(test)) for share in (0, 0.1, 0.2, 0.3, 0.5, 1)]
                     shown = [(round(float(found.flops[i]) / 1e6, 2), *(round(float(c[i]), 4) for c in
                              (found.accuracy, found.random, found.oracle))) for i in at]  # fmt: skip
-                    print("cascade of 3 members", kind, round(found.recovered, 3), shown)
-                print([tuple(round(float(v), 3) for v in d) for d in where_larger_helps(few, big, test.labels, bins=5)])
+                    print(f"cascade of {few} to {name} by", kind, round(found.recovered, 3), shown)
+            print([tuple(round(float(v), 3) for v in d) for d in where_larger_helps(z[:3], big, test.labels, bins=5)])
         shots = [np.stack([files[f"snapshot-{s}-{i}"] for i in range(4)]) for s in range(args.seeds)
                  if f"snapshot-{s}-3" in files]  # fmt: skip
         if shots:
@@ -271,6 +294,7 @@ PARTS = {
     "report": report,
     "members": members, "scratch": scratch, "deep": large("deep"), "wide": large("wide"), "deepscratch": deepscratch,
     "long": long, "slow": slow, "same": same, "snapshots": snapshot, "amount": amount, "overlap": overlap,
+    "embbert": embbert,
 }  # fmt: skip
 
 if __name__ == "__main__":
