@@ -133,6 +133,18 @@ def test_codes_are_stored_and_the_floats_are_gone(name, tmp_path):
         np.testing.assert_array_equal(fold(model)(TOKENS), model(TOKENS))
 
 
+@pytest.mark.parametrize("name", [name for name in KINDS if name not in ("norm", "static")])
+def test_unpacked_by_numpy_or_compiled_the_weights_are_the_same_bits(name):
+    """Outside of a compiled function NumPy unpacks: JAX would compile every operation for every shape."""
+    module = wrapped("quantized", normal(33, 7), **KINDS[name])
+    graph, params = pure(module)
+    compiled = jax.jit(lambda params: bind(graph, params).weight())(params)
+    np.testing.assert_array_equal(compiled, module.weight())
+    assert isinstance(module.codes(), np.ndarray)
+    rows = np.array([[1, 32]])
+    np.testing.assert_array_equal(jax.jit(lambda i: module.weight()[i])(rows), np.asarray(module.weight())[rows])
+
+
 def test_zero_stays_zero_in_an_affine_range():
     w = np.abs(normal(16, 4)) + 1
     w[3] = 0

@@ -1,6 +1,7 @@
 """Whole models in few bits: what is stored is what is said, codes survive, inputs are seen, training is watched."""
 
 import itertools
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 import tinylm
 from tinylm.config import ConfigError, ModelConfig, TrainConfig
 from tinylm.data import Batch, Tokens
-from tinylm.quantization import QuantizationError, Spec, Watched, look, mixed, quantize, switch, traces
+from tinylm.markup import number
+from tinylm.quantization import QuantizationError, Spec, Watched, look, mixed, quantize, switch, traces, unpacked
 from tinylm.quantization.balance import balance
 from tinylm.quantization.calibration import batches_of, inputs_of
 from tinylm.quantization.watching import heat
@@ -18,7 +20,7 @@ from tinylm.techniques import edit, fold, modules
 from tinylm.techniques.ternary import bitnet
 from tinylm.tokenizer import Tokenizer
 from tinylm.training import train
-from tinylm.weights import named
+from tinylm.weights import named, pure
 from tinylm.world import World
 
 SMALL = ModelConfig(vocab=40, context=16, width=32, layers=2, heads=2, bias=True)
@@ -71,6 +73,21 @@ def test_eight_bits_cost_next_to_nothing(trained, tmp_path):
     assert named(model)["embed.table"].dtype == np.float32  # the model itself is as it was
 
 
+def test_codes_are_unpacked_once_to_evaluate(trained):
+    """What is evaluated is a plain model again, so the program that evaluated the floats does for it too."""
+    model, _ = trained
+    small = quantize(model, [Spec(bits=4), Spec(where="embed", bits=8)]).model
+    plain = unpacked(small)
+    assert pure(plain)[0] == pure(model)[0]
+    tokens = TOKENS % 300
+    np.testing.assert_allclose(plain(tokens), small(tokens), rtol=1e-5, atol=1e-5)
+    assert any("packed" in name for name in named(small))  # which is as it was
+    rounding = quantize(model, [Spec(bits=4), Spec(where=r".*\.mlp\..*", bits=8, activations="int8")]).model
+    kept = unpacked(rounding)
+    assert {name.split(".")[2] for name in named(kept) if name.endswith("packed")} == {"mlp"}
+    np.testing.assert_allclose(kept(tokens), rounding(tokens), rtol=1e-5, atol=1e-4)
+
+
 def test_fewer_bits_lose_more_and_take_less(trained):
     model, _ = trained
     reports = [quantize(model, Spec(bits=bits, range="mse")).report for bits in (8, 6, 4, 3, 2, 1.58)]
@@ -86,11 +103,11 @@ def test_fewer_bits_lose_more_and_take_less(trained):
 
 METHODS = {
     "gptq": {"bits": 3, "method": "gptq", "per": 16},
-    "adaround": {"bits": 3, "method": "adaround", "affine": True},
+    "adaround": {"bits": 3, "method": "adaround", "affine": True, "where": r"blocks\.1\.mlp\..*"},
     "smoothquant": {"bits": 4, "balance": "smoothquant", "activations": "int8"},
     "awq": {"bits": 3, "balance": "awq"},
     "static": {"bits": 8, "static": "affine", "static_range": "percentile"},
-    "kl": {"bits": 8, "per": "tensor", "range": "kl", "static": "symmetric", "static_range": "kl"},
+    "kl": {"where": r".*\.mlp\..*", "per": "tensor", "range": "kl", "static": "symmetric", "static_range": "kl"},
     "split": {"bits": 2, "method": "split"},
     "kmeans": {"bits": 4, "method": "kmeans"},
 }
@@ -168,14 +185,15 @@ def test_what_cannot_be_quantized(arguments, error, message):
 # --- codes of trained models ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", ["ternary", "groups", "lsq", "tables"])
+@pytest.mark.parametrize("how", ["ternary", "groups", "lsq", "int4", "tables"])
 def test_trained_codes_are_what_is_stored(how, tmp_path):
     model = tinylm.Transformer(ONE)
     if how == "tables":
         bitnet(model, tables="ternary", placement="inside")
     else:
-        settings = {"ternary": {"scale": "median"}, "groups": {"per": 24, "half": True}, "lsq": {"bits": 3}}[how]
-        edit(model, BODY, "lsq" if how == "lsq" else "ternary", **settings)
+        settings = {"ternary": {"scale": "median"}, "groups": {"per": 24, "half": True}, "lsq": {"bits": 3},
+                    "int4": {"per": 24, "half": True, "scale": "mse"}}[how]  # fmt: skip
+        edit(model, BODY, how if how in ("lsq", "int4") else "ternary", **settings)
     list(train(model, counting, CONFIG.replace(steps=4)))
     expected = look(model)
     small, report = quantize(model, text=None)
@@ -186,7 +204,7 @@ def test_trained_codes_are_what_is_stored(how, tmp_path):
         np.testing.assert_array_equal(codes.codes, expected[path].codes)
         np.testing.assert_array_equal(np.asarray(codes.scale), expected[path].scale)
     assert all(row.error == 0 for row in report.rows)
-    assert report.bits_per_weight < (5 if how == "lsq" else 4)
+    assert report.bits_per_weight < (5 if how in ("lsq", "int4") else 4)
     again = quantize(small).model  # what is codes already stays as it is
     np.testing.assert_array_equal(again(TOKENS), model(TOKENS))
     if how == "ternary":
@@ -227,7 +245,11 @@ def test_codes_are_watched_while_they_train():
     assert up[-1].zeros == pytest.approx((now.codes == 0).mean())
     assert up[-1].drift == pytest.approx(abs(np.log(now.scale / first.scale)).mean(), rel=1e-4)
     assert "mlp.up" in repr(seen)
-    assert seen._repr_html_().count("<svg") == 1
+    assert seen._repr_html_().count("<svg") == 2  # codes, and scales
+    factor = np.exp(
+        np.average([own[-1].drift for own in seen.history.values()], weights=[c.size for c, *_ in kept.values()])
+    )
+    assert f"blocks.0 {number(factor)}" in seen._repr_html_()
     assert "sign flips" in repr(seen.flips("blocks.0.mlp.up"))
     with pytest.raises(QuantizationError, match="no codes at 'blocks.9'"):
         seen.flips("blocks.9")
@@ -255,10 +277,33 @@ def test_sign_flips_go_through_zero_too():
 def test_a_heat_map_shows_where():
     values = np.zeros((100, 80))
     values[:50, :40] = 3
+    values[50:, :40] = 1
     picture = heat(values, "flips")
-    assert picture.html.count("<rect") == 20 * 20 + 1
+    shades = re.findall(r'<path d="(.*?)".*?opacity="(.*?)"', picture.html)
+    assert [(path.count("z"), float(opacity)) for path, opacity in shades] == [(400, 0.333), (400, 1.0)]
+    assert "M0 0h" in shades[1][0]  # the upper left
     assert "most 3" in picture.text
-    assert heat(np.zeros((3, 3)), "none").html.count("<rect") == 1
+    assert "<path" not in heat(np.zeros((3, 3)), "none").html
+    assert len(heat(np.random.default_rng(0).random((200, 200)), "").html) < 40_000
+
+
+def test_many_matrices_take_few_rows():
+    """Those of one name in all blocks become one row, with their mean."""
+    seen = Watched(edit(tinylm.Transformer(ONE.replace(layers=3)), BODY, "ternary"))
+    assert len(seen.history) > 16
+    zeros = np.mean([own[0].zeros for path, own in seen.history.items() if path.endswith("mlp.up")])
+    assert f"blocks.*.mlp.up    {100 * zeros:.2f} %" in seen.picture().text
+    assert "blocks.1" not in seen.picture().text
+
+
+def test_the_curves_are_of_the_matrices_with_few_levels():
+    """A table in int8 has hardly a zero, and would hide how many the ternary ones have."""
+    model = edit(edit(tinylm.Transformer(ONE), r"blocks\.0\.mlp\.up", "ternary"), "embed", "int8")
+    seen = Watched(model)
+    size = {path: codes.codes.size for path, codes in look(model).items() if path != "embed"}
+    zeros = sum(seen.history[path][0].zeros * n for path, n in size.items()) / sum(size.values())
+    assert seen.history["embed"][0].zeros < 0.1
+    assert f"% zero {number(100 * zeros)}" in seen._repr_html_()
 
 
 @pytest.mark.parametrize("keep", [True, False])

@@ -1,5 +1,7 @@
 """Ternary training: what the papers say of scales and gradients, recipes, and every step of a model's life."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 from flax import nnx
 
 import tinylm
+from tinylm import ops
 from tinylm.config import ModelConfig, TrainConfig
 from tinylm.data import Batch
 from tinylm.engine.rounding import quantize
@@ -365,3 +368,19 @@ def test_members_of_a_population_are_what_they_would_be_alone():
         alone = train(tinylm.Transformer(model, rngs=config.seed), counting, config)
         list(alone)
         np.testing.assert_allclose(member.losses, alone.losses, rtol=1e-3)
+
+
+@pytest.mark.parametrize("how", ["ternary", "int4", "lsq"])
+def test_rounded_matrices_still_go_through_the_native_products(how):
+    """Forwards, to the inputs and to the weights: thrown back on plain products a step would take a multiple."""
+    if not ops.native(jnp.zeros(1)):
+        pytest.skip("the native kernels are not in use here")
+    plain = Linear(64, 128)
+    plain.kernel.set_value(jnp.asarray(normal(64, 128)))
+    module = find(how)(plain, rngs=nnx.Rngs(0))
+    graph, params = pure(module)
+    x = np.zeros((256, 64), np.float32)
+    loss = lambda params, x: jnp.square(bind(graph, params)(x)).sum()  # noqa: E731
+    program = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    text = program.lower(params, x).as_text()
+    assert set(re.findall(r"@tinylm_(\w+)", text)) == {"linear", "linear_dx", "linear_dw"}

@@ -10,6 +10,7 @@ seen.flips("blocks.0.mlp.up")           # a map of the weights whose sign change
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,10 @@ from tinylm.techniques.rounding import Codes, Rounding
 from tinylm.weights import bind, pure
 
 CELLS = 40  # of a heat map, in either direction
+SHADES = 12  # of it
+FEW = 16  # levels
+ROWS = 16  # of the table of matrices, before those of the same name become one
+LINES = 12  # of blocks, in the chart of scales
 
 
 class Look(NamedTuple):
@@ -104,21 +109,45 @@ class Watched:
         return heat(self.flipped[path], f"sign flips in {path}, {len(self.history[path])} looks")
 
     def picture(self) -> Picture:
-        """Curves of the means over all matrices, and the newest look at each."""
-        paths = list(self.history)
-        size = np.array([self._codes[p].size for p in paths], float)
-        looks = np.array([[look[1:] for look in self.history[p]] for p in paths])
-        steps = [look.step for look in self.history[paths[0]]]
-        mean = np.einsum("p,plf->lf", size / size.sum(), looks)
-        lines = [
-            Line(steps, 100 * mean[:, 0], "% zero", BLUE),
-            Line(steps, 100 * mean[:, 1], "% changed", ORANGE),
-            Line(steps, 100 * mean[:, 3], "% scale drift", GREEN),
+        """Codes over the steps, scales over the steps, block by block; and the newest look at each matrix.
+
+        Codes are those of the matrices with few levels, where there are such: in int8 nearly every code always changes.
+        A model of many matrices has one row for those of the same name in all blocks.
+        """
+        steps = [look.step for look in next(iter(self.history.values()))]
+        few = [path for path, codes in self._codes.items() if int(codes.max()) - int(codes.min()) < FEW]
+        mean = self._mean(few or list(self.history))
+        parts = [("% zero", 1, BLUE), ("% changed", 2, ORANGE), ("% sign flipped", 3, GREEN)]
+        codes = [Line(steps, 100 * mean[:, at], label, color) for label, at, color in parts]
+        blocks = self._groups(r"^(blocks\.\d+)\..*", r"\1")
+        shades = np.linspace(1, 0.35, len(blocks))
+        scales = [
+            Line(steps, np.exp(self._mean(own)[:, 4]), name, BLUE, opacity=shade)
+            for (name, own), shade in zip(blocks.items(), shades, strict=True)
         ]
-        drawn = chart(lines, x_label="steps", y_label="percent", log_x=False)
-        rows = [[p, *(f"{100 * v:.2f} %" for v in self.history[p][-1][1:])] for p in paths]
-        grid = table(rows, ["matrix", "zero", "changed", "sign flipped", "scale drift"], f"codes at step {steps[-1]:,}")
-        return Picture(framed(drawn, Markup(grid.html)), grid.text)
+        groups = self._groups(r"^blocks\.\d+", "blocks.*" if len(self.history) > ROWS else r"\g<0>")
+        rows = []
+        for name, own in groups.items():
+            zeros, changed, flipped, drift = self._mean(own)[-1, 1:]
+            rows.append([name, *(f"{100 * v:.2f} %" for v in (zeros, changed, flipped)), f"{np.exp(drift):.2f}"])
+        title = f"codes at step {steps[-1]:,}; changes since the look before, scales since the first"
+        grid = table(rows, ["matrix", "zero", "changed", "sign flipped", "scale, times"], title)
+        drawn = chart(codes, y_label="percent of the codes", x_label="steps", log_x=False)
+        drifted = chart(scales[:LINES], y_label="scale, times its first", x_label="steps", log_x=False)
+        return Picture(framed(drawn, drifted, Markup(grid.html)), grid.text)
+
+    def _mean(self, paths: list[str]) -> np.ndarray:
+        """(looks, fields of `Look`), the mean over matrices by their size."""
+        size = np.array([self._codes[path].size for path in paths], float)
+        looks = np.array([self.history[path] for path in paths], float)
+        return np.einsum("p,plf->lf", size / size.sum(), looks)
+
+    def _groups(self, pattern: str, by: str) -> dict[str, list[str]]:
+        """Paths by what becomes of them when a pattern in them is replaced."""
+        found: dict[str, list[str]] = {}
+        for path in self.history:
+            found.setdefault(re.sub(pattern, by, path), []).append(path)
+        return found
 
     def __repr__(self) -> str:
         return self.picture().text
@@ -128,24 +157,28 @@ class Watched:
 
 
 def heat(values: np.ndarray, title: str) -> Picture:
-    """A matrix as an SVG of at most `CELLS` by `CELLS` squares, the mean of each as how dark it is; and as text."""
+    """A matrix as an SVG of at most `CELLS` by `CELLS` squares, the mean of each as how dark it is; and as text.
+
+    All squares of a shade are one path: a rectangle for each would make a notebook's file ten times as large.
+    """
     down, across = (min(CELLS, n) for n in values.shape)
     edges = [np.linspace(0, n, k + 1).astype(int) for n, k in zip(values.shape, (down, across), strict=True)]
     sums = np.add.reduceat(np.add.reduceat(values.astype(float), edges[0][:-1], 0), edges[1][:-1], 1)
     means = sums / np.outer(np.diff(edges[0]), np.diff(edges[1]))
     most = means.max()
-    side = 14
-    squares = [
-        tag("rect", x=side * j, y=side * i, width=side, height=side, fill=BLUE, opacity=round(means[i, j] / most, 3))
-        for i in range(down) for j in range(across) if most and means[i, j] > 0.004 * most
-    ]  # fmt: skip
+    side = 12
+    shade = np.ceil(means / most * SHADES - 0.004).astype(int) if most > 0 else np.zeros(means.shape, int)
+    paths = []
+    for level in range(1, SHADES + 1):
+        at = "".join(f"M{side * j} {side * i}h{side}v{side}h-{side}z" for i, j in np.argwhere(shade == level))
+        paths.append(tag("path", d=at, fill=BLUE, opacity=round(level / SHADES, 3)) if at else None)
     said = f"{title}: mean {number(float(means.mean()))}, most {number(float(most))} per weight"
     frame = tag("rect", x=0, y=0, width=side * across, height=side * down, fill="none", stroke="currentColor",
                 stroke_opacity=0.35)  # fmt: skip
     svg = tag(
-        "svg", tag("title", said), *squares, frame, viewBox=f"0 0 {side * across} {side * down}", role="img",
+        "svg", tag("title", said), *paths, frame, viewBox=f"0 0 {side * across} {side * down}", role="img",
         aria_label=said, style=f"display:block;width:100%;max-width:{side * across}px;height:auto",
     )  # fmt: skip
-    shades = " .:-=+*#%@"
-    text = ["".join(shades[min(9, int(10 * v / most))] if most else " " for v in row) for row in means[::2]]
+    signs = " .:-=+*#%@"
+    text = ["".join(signs[min(9, int(10 * v / most))] if most else " " for v in row) for row in means[::2]]
     return Picture(framed(tag("div", said, style=FAINT), svg), "\n".join([said, *text]))

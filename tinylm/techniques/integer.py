@@ -20,6 +20,7 @@ from tinylm.techniques.rounding import (
     Per,
     Rounding,
     cut,
+    kept,
     mean,
     nearest,
     one_of,
@@ -35,6 +36,7 @@ class Integer(Rounding):
     Settings:
         scale: "max", so that nothing is clipped, or "mse", the one of least squared error (and "mean", "median").
         per: "tensor", "channel" or inputs per group.
+        half: scales are float16 numbers; of groups of 32, float32 ones would be a fifth of int4's bytes.
         activations, norm, norm_eps: as of "ternary".
     """
 
@@ -48,6 +50,7 @@ class Integer(Rounding):
         rngs: nnx.Rngs,
         scale: str = "",
         per: Per = "channel",
+        half: bool = False,
         activations: str = "int8",
         norm: str = "none",
         norm_eps: float = 1e-5,
@@ -55,10 +58,10 @@ class Integer(Rounding):
         low, high = span(self.bits)
         own = {"per": per, "activations": activations, "norm": norm, "norm_eps": norm_eps}
         super().__init__(inner, rngs=rngs, low=low, high=high, **own)
-        self.scale = one_of("scale", scale or self.usual, SCALES)
+        self.scale, self.half = one_of("scale", scale or self.usual, SCALES), half
 
     def code(self, cells: Cells) -> tuple[jax.Array, jax.Array]:
-        scale = jnp.maximum(SCALES[self.scale](cells, self.low, self.high), EPS / self.high)
+        scale = kept(jnp.maximum(SCALES[self.scale](cells, self.low, self.high), EPS / self.high), self.half)
         return nearest(cells.x, scale, self.low, self.high), scale
 
 

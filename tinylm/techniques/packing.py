@@ -10,7 +10,6 @@ Codes are whole numbers from 0 to levels - 1, taken in C order.
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, UInt8
 
@@ -47,13 +46,13 @@ def pack(codes: np.ndarray | Array, levels: int) -> np.ndarray:
     return np.packbits(planes.astype(np.uint8), axis=1, bitorder="little").reshape(-1)
 
 
-def unpack(packed: UInt8[Array | np.ndarray, " bytes"], levels: int, count: int) -> Int[Array, " count"]:
-    """The codes, int32; traceable."""
-    given = jnp.asarray(packed).astype(jnp.int32)
+def unpack(packed: UInt8[Array | np.ndarray, " bytes"], levels: int, count: int) -> Int[Array | np.ndarray, " count"]:
+    """The codes, int32; traceable. Of a NumPy array by NumPy, which has nothing to compile."""
+    given = packed.astype(np.int32)
     if levels == 3:
-        return (given[:, None] // POWERS % 3).reshape(-1)[:count]
+        return (given[:, None] // POWERS.astype(np.int32) % 3).reshape(-1)[:count]
     n = width(levels)
     if n == 8:
         return given
-    bits = (given.reshape(n, -1, 1) >> jnp.arange(8)) & 1
-    return (bits << jnp.arange(n)[:, None, None]).sum(0).reshape(-1)[:count]
+    bits = (given.reshape(n, -1, 1) >> np.arange(8, dtype=np.int32)) & 1
+    return (bits << np.arange(n, dtype=np.int32)[:, None, None]).sum(0, dtype=np.int32).reshape(-1)[:count]

@@ -26,6 +26,7 @@ from tinylm.techniques.rounding import (
     root,
     rounded_inputs,
     through,
+    whole,
 )
 
 STATIC = ("", "symmetric", "affine")
@@ -76,12 +77,11 @@ class Quantized(Rounding):
             activations=activations, norm=norm, norm_eps=norm_eps,
         )  # fmt: skip
         self.levels, self.affine, self.half, self.static = levels, affine, half, one_of("static", static, STATIC)
-        w = self.matrix().astype(jnp.float32)
-        self.shape = tuple(w.shape)
+        w = self.matrix()
+        self.shape = inputs, outputs = tuple(w.shape)
         self.packed = Stored(jnp.zeros(size(levels, w.size), jnp.uint8))
-        cells, (_, outputs) = cut(w, self.per), self.shape
-        groups = cells.x.shape[0]
-        of_scales = (1, 1) if self.per == "tensor" else (groups, outputs)
+        group = grouped(self.per, inputs)
+        of_scales = (1, 1) if self.per == "tensor" else (-(-inputs // group) if group else 1, outputs)
         kind = jnp.float16 if half else jnp.float32
         self.scale = None if self.by_table else Stored(jnp.ones(of_scales, kind))
         self.zero = Stored(jnp.zeros(of_scales, jnp.uint8)) if affine else None
@@ -90,27 +90,28 @@ class Quantized(Rounding):
         self.offset = Stored(jnp.zeros(1)) if static == "affine" else None
         self.inner = shell(root(inner))
         if not isinstance(w, jax.core.Tracer):
-            self._fill(w, cells)
+            self._fill(np.asarray(w, np.float32))
 
-    def _fill(self, w: jax.Array, cells: Any) -> None:
-        """Round to nearest, so that the technique makes sense without `quantize` too."""
+    def _fill(self, w: np.ndarray) -> None:
+        """Round to nearest, so that the technique makes sense without `quantize` too. NumPy: JAX would compile it."""
+        cells = cut(w, self.per)
         if self.by_table:
-            table = jnp.linspace(w.min(), w.max(), self.levels)
-            self.put(jnp.searchsorted((table[1:] + table[:-1]) / 2, w) + self.low, table=table)
+            table = np.linspace(w.min(), w.max(), self.levels, dtype=np.float32)
+            self.put(np.searchsorted((table[1:] + table[:-1]) / 2, w) + self.low, table=table)
         elif self.affine:
-            bottom, top = jnp.minimum(-cells.max(-cells.x), 0), jnp.maximum(cells.max(cells.x), 0)
-            scale = self._kept(jnp.maximum((top - bottom) / (self.levels - 1), EPS))
-            zero = jnp.clip(jnp.round(-bottom / scale), 0, self.levels - 1)
-            codes = jnp.clip(jnp.round(cells.x / scale) + zero, 0, self.levels - 1)
-            self.put(codes.reshape(-1, w.shape[1])[: len(w)] + self.low, scale[:, 0], zero[:, 0])
+            bottom, top = np.minimum(-cells.max(-cells.x), 0), np.maximum(cells.max(cells.x), 0)
+            scale = self._kept(np.maximum((top - bottom) / (self.levels - 1), np.float32(EPS)))
+            zero = np.clip(np.round(-bottom / scale), 0, self.levels - 1)
+            codes = np.clip(np.round(cells.x / scale) + zero, 0, self.levels - 1)
+            self.put(whole(codes, len(w)) + self.low, scale[:, 0], zero[:, 0])
         else:
-            scale = self._kept(jnp.maximum(cells.max(jnp.abs(cells.x)) / max(self.high, 1), EPS))
-            codes = jnp.clip(jnp.round(cells.x / scale), self.low, self.high)
-            self.put(codes.reshape(-1, w.shape[1])[: len(w)], scale[:, 0])
+            scale = self._kept(np.maximum(cells.max(np.abs(cells.x)) / max(self.high, 1), np.float32(EPS)))
+            codes = np.clip(np.round(cells.x / scale), self.low, self.high)
+            self.put(whole(codes, len(w)), scale[:, 0])
 
-    def _kept(self, scale: jax.Array) -> jax.Array:
+    def _kept(self, scale: np.ndarray) -> np.ndarray:
         """Scales as they can be stored."""
-        return scale.astype(jnp.float16).astype(jnp.float32) if self.half else scale
+        return scale.astype(np.float16).astype(np.float32) if self.half else scale
 
     def put(self, codes: Any, scale: Any = None, zero: Any = None, *, table: Any = None) -> None:
         """Set the codes (inputs outputs), from `low` on, and what they stand for. Zeros are counted from `low` on too.
@@ -129,22 +130,22 @@ class Quantized(Rounding):
         if self.zero is not None:
             self.zero.set_value(jnp.asarray(np.asarray(zero), jnp.uint8).reshape(self.zero.shape))
 
-    def codes(self) -> jax.Array:
-        """(inputs, outputs) int32, 0 to levels - 1."""
-        return unpack(self.packed[...], self.levels, self.shape[0] * self.shape[1]).reshape(self.shape)
+    def codes(self) -> Any:
+        """(inputs, outputs) int32, 0 to levels - 1; NumPy's outside of a compiled function."""
+        return unpack(concrete(self.packed), self.levels, self.shape[0] * self.shape[1]).reshape(self.shape)
 
     def rounded(self) -> Codes:
         if self.by_table:
             raise EditError("a table of values has no scale: export the folded model")
-        kind = jnp.int8 if self.low >= -128 and self.high <= 127 else jnp.int16
-        zero = None if self.zero is None else self.zero[...].astype(jnp.int32) + self.low
+        kind = np.int8 if self.low >= -128 and self.high <= 127 else np.int16
+        zero = None if self.zero is None else concrete(self.zero).astype(np.int32) + self.low
         codes, group = (self.codes() + self.low).astype(kind), grouped(self.per, self.shape[0])
-        return Codes(codes, self.scale[...].astype(jnp.float32), zero, group)
+        return Codes(codes, concrete(self.scale).astype(np.float32), zero, group)
 
     def matrix(self) -> jax.Array:
         if self.inner is None or getattr(self, "packed", None) is None:
             return super().matrix()
-        return self.table[...][self.codes()] if self.by_table else self.rounded().dense()
+        return jnp.asarray(concrete(self.table)[self.codes()] if self.by_table else self.rounded().dense())
 
     def weight(self) -> jax.Array:
         found = self.matrix()
@@ -179,6 +180,12 @@ class Quantized(Rounding):
         if self.bias is not None:
             plain.bias.set_value(self.bias[...])
         return plain
+
+
+def concrete(variable: Any) -> Any:
+    """The array of a variable: NumPy's, unless it is traced. Unpacking op by op would compile every operation."""
+    value = variable[...]
+    return value if isinstance(value, jax.core.Tracer) else np.asarray(value)
 
 
 def shell(plain: Any) -> nnx.Module:

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -48,9 +49,9 @@ class Codes(NamedTuple):
 
     def dense(self) -> Float[Array, "inputs outputs"]:
         """The weights that the codes stand for, float32."""
-        spread = lambda x: x if not self.group else jnp.repeat(x, self.group, 0)[: len(self.codes)]  # noqa: E731
-        codes = self.codes.astype(jnp.float32)
-        codes = codes if self.zero is None else codes - spread(self.zero).astype(jnp.float32)
+        spread = lambda x: x if not self.group else x.repeat(self.group, 0)[: len(self.codes)]  # noqa: E731
+        codes = self.codes.astype(np.float32)
+        codes = codes if self.zero is None else codes - spread(self.zero).astype(np.float32)
         return codes * spread(self.scale)
 
 
@@ -85,22 +86,23 @@ class Cells(NamedTuple):
 
     def sum(self, x: Array) -> Array:
         """Of every cell, kept as 3 axes."""
-        return jnp.sum(x, self.axes, keepdims=True)
+        return x.sum(self.axes, keepdims=True)
 
     def max(self, x: Array) -> Array:
-        return jnp.max(x, self.axes, keepdims=True)
+        return x.max(self.axes, keepdims=True)
 
 
-def cut(w: Float[Array, "inputs outputs"], per: Per) -> Cells:
-    """A matrix in cells."""
+def cut(w: Float[Array | np.ndarray, "inputs outputs"], per: Per) -> Cells:
+    """A matrix in cells; one of NumPy stays of NumPy."""
     inputs, outputs = w.shape
     if per == "tensor":
         return Cells(w[None], (0, 1, 2), inputs * outputs, 0)
     if per == "channel" or per >= inputs:  # type: ignore[operator]
         return Cells(w[None], (1,), inputs, 0)
     groups = -(-inputs // per)
-    filled = jnp.pad(w, [(0, groups * per - inputs), (0, 0)]).reshape(groups, per, outputs)
-    sizes = jnp.minimum(per, inputs - per * jnp.arange(groups))[:, None, None]
+    pad = np.pad if isinstance(w, np.ndarray) else jnp.pad
+    filled = pad(w, [(0, groups * per - inputs), (0, 0)]).reshape(groups, per, outputs)
+    sizes = np.minimum(per, inputs - per * np.arange(groups))[:, None, None]
     return Cells(filled, (1,), sizes, per - sizes)
 
 
@@ -175,6 +177,13 @@ def largest(cells: Cells, low: int, high: int) -> Array:
 SCALES: dict[str, Callable[[Cells, int, int], Array]] = {
     "mean": mean, "median": median, "mse": optimal, "max": largest,
 }  # fmt: skip
+
+
+def kept(scale: Array, half: bool) -> Array:
+    """Scales as they can be stored: `half` ones are float16 numbers, but none is 0."""
+    if not half:
+        return scale
+    return jnp.maximum(scale, jnp.float32(2.0**-24)).astype(jnp.float16).astype(jnp.float32)
 
 
 def nearest(x: Array, scale: Array, low: int, high: int) -> Array:

@@ -18,7 +18,19 @@ from flax import nnx
 
 from tinylm.parts import RMSNorm
 from tinylm.techniques import EditError, Technique, edit, technique
-from tinylm.techniques.rounding import Cells, Per, Rounding, Stored, mean, median, nearest, one_of, optimal, require
+from tinylm.techniques.rounding import (
+    Cells,
+    Per,
+    Rounding,
+    Stored,
+    kept,
+    mean,
+    median,
+    nearest,
+    one_of,
+    optimal,
+    require,
+)
 from tinylm.techniques.rounding import stochastic as drawn
 
 SCALES = {"mean": mean, "median": median, "mse": optimal}
@@ -72,8 +84,7 @@ class Ternary(Rounding):
         return jax.lax.stop_gradient(jnp.minimum(1.0, self.clock[...].astype(jnp.float32) / self.ramp))
 
     def code(self, cells: Cells) -> tuple[jax.Array, jax.Array]:
-        scale = jnp.maximum(SCALES[self.scale](cells, -1, 1), 1e-5)
-        scale = scale.astype(jnp.float16).astype(jnp.float32) if self.half else scale
+        scale = kept(jnp.maximum(SCALES[self.scale](cells, -1, 1), 1e-5), self.half)
         return (drawn if self.stochastic else nearest)(cells.x, scale, -1, 1), scale
 
     def shift(self, step: jax.Array | float) -> jax.Array:
