@@ -137,7 +137,7 @@ def test_the_model_inside_a_run(model, run):
 # --- mismatches (P10) -------------------------------------------------------------------------------------------------
 
 
-def test_every_leaf_missing_extra_misshapen_retyped_or_renamed_is_refused(model, saved):
+def test_every_leaf_missing_extra_misshapen_retyped_or_renamed_is_refused(model, saved):  # P10
     tensors, about = read_file(saved / "model.safetensors")
     for name, value in tensors.items():
         rest = {n: v for n, v in tensors.items() if n != name}
@@ -153,7 +153,7 @@ def test_every_leaf_missing_extra_misshapen_retyped_or_renamed_is_refused(model,
                 load(saved)
 
 
-def test_the_first_ten_differences_are_listed_together():
+def test_the_first_ten_differences_are_listed_together():  # P10
     want = {f"w{n:02d}": np.zeros(n) for n in range(20)}
     have = {f"w{n:02d}": np.zeros(n + 1, np.float16) for n in range(3, 20)}
     assert len(differences(want, have)) == 3 + 2 * 17
@@ -162,7 +162,7 @@ def test_the_first_ten_differences_are_listed_together():
     require_match(want, want, "state")
 
 
-def test_files_of_different_models_are_not_mixed(model, saved, tmp_path):
+def test_files_of_different_models_are_not_mixed(model, saved, tmp_path):  # P10
     other = save(Transformer(CONFIG.replace(theta=500.0), rngs=3, tokenizer=BYTES), tmp_path / "other")
     (other / "model.safetensors").replace(saved / "model.safetensors")  # same shapes, other mathematics
     with pytest.raises(StateMismatch, match="different models"):
@@ -176,7 +176,7 @@ def test_files_of_different_models_are_not_mixed(model, saved, tmp_path):
         load(saved)
 
 
-def test_a_config_that_cannot_be_used(saved):
+def test_a_config_that_cannot_be_used(saved):  # P10
     path, good = saved / "config.json", json.loads((saved / "config.json").read_text())
     for text, error, match in (
         (
@@ -277,7 +277,7 @@ def touched(act):
     return seen
 
 
-def test_loading_only_reads_the_given_files(audit, model, saved, run, tmp_path):
+def test_loading_only_reads_the_given_files(audit, model, saved, run, tmp_path):  # P28
     rng = np.random.default_rng(0)
     own = {"config.json", "model.safetensors", "tokenizer.json"}
     (saved / "__init__.py").write_text("raise SystemExit('ran')")

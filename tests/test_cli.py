@@ -124,7 +124,7 @@ def test_evaluate_on_the_world_knows_the_floor(trained, capsys):
     assert figures["excess"] == figures["bits_per_byte"] - figures["floor"] > 0
 
 
-def test_control_characters_do_not_reach_the_terminal(trained, capsys):
+def test_control_characters_do_not_reach_the_terminal(trained, capsys):  # P23
     status, out, _ = run("generate", trained, "--prompt", "\x1b[31mred\u200d", "--tokens", "3", capsys=capsys)
     assert status == 0
     assert "\x1b" not in out
@@ -212,7 +212,7 @@ def test_durations_and_amounts():
     ]
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(text, tmp_path):
+def test_ctrl_c_saves_and_says_how_to_go_on(text, tmp_path):  # P6
     args = ["train", "--text", text, "--out", tmp_path / "run", *TINY[:-4], "--steps", "100000", "--batch", "2"]
     command = [sys.executable, "-m", "tinylm", *map(str, args)]
     path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])

@@ -168,7 +168,7 @@ def edit(path, **changes):
 
 
 @pytest.mark.parametrize(("reason", "damage"), DAMAGE, ids=range(len(DAMAGE)))
-def test_damage_is_found_when_opened(tmp_path, tokenizer, reason, damage):
+def test_damage_is_found_when_opened(tmp_path, tokenizer, reason, damage):  # P14, P25
     write_tokens(DOCS, tokenizer, tmp_path)
     damage({"bin": tmp_path / "train-00000.bin", "json": tmp_path / "train-00000.json"})
     with pytest.raises(DataError, match=reason):
@@ -189,7 +189,7 @@ def test_shards_that_do_not_belong_together(tmp_path, tokenizer):
         Tokens.open(tmp_path, "test")
 
 
-def test_large_splits_are_sampled_when_opened_and_hashed_when_asked(tmp_path, tokenizer, monkeypatch):
+def test_large_splits_are_sampled_when_opened_and_hashed_when_asked(tmp_path, tokenizer, monkeypatch):  # P14
     monkeypatch.setattr(shards, "CHECKED_AT_OPEN", 0)
     write_tokens(DOCS * 200, tokenizer, tmp_path)
     file = tmp_path / "train-00000.bin"
@@ -206,7 +206,7 @@ def test_large_splits_are_sampled_when_opened_and_hashed_when_asked(tmp_path, to
         Tokens.open(tmp_path)
 
 
-def test_every_flipped_bit_is_found(tmp_path, tokenizer):
+def test_every_flipped_bit_is_found(tmp_path, tokenizer):  # P14
     write_tokens(DOCS[:2], tokenizer, tmp_path)
     file = tmp_path / "train-00000.bin"
     good = file.read_bytes()
@@ -218,7 +218,7 @@ def test_every_flipped_bit_is_found(tmp_path, tokenizer):
             Tokens.open(tmp_path)
 
 
-def test_check_tokens():
+def test_check_tokens():  # P25
     check_tokens(np.array([], np.int32), 5)
     check_tokens(np.array([0, 4]), 5)
     for ids, reason in (
@@ -241,7 +241,7 @@ def test_check_tokens():
 
 
 @pytest.mark.parametrize("seed", [0, 1, 12345678901234567890])
-def test_permutation_is_a_bijection(seed):
+def test_permutation_is_a_bijection(seed):  # P14
     for n in [*range(1, 301), 997, 1009, 4096, 10007, 65537]:
         assert np.array_equal(np.sort(permute(np.arange(n), n, seed=seed, epoch=n % 3)), np.arange(n)), n
 
@@ -310,7 +310,7 @@ def test_windows_against_the_definition():
 
 @pytest.mark.parametrize("batch", [1, 3, 8, 50])
 @pytest.mark.parametrize("n", [1, 2, 7, 13, 100])
-def test_each_epoch_visits_each_window_once(n, batch):
+def test_each_epoch_visits_each_window_once(n, batch):  # P14
     windows = Windows(ramp(5 * n + 1), batch=batch, length=5, seed=3)
     assert windows.windows == n
     steps = math.lcm(n, batch) // batch
@@ -318,7 +318,7 @@ def test_each_epoch_visits_each_window_once(n, batch):
     assert (np.sort(seen, axis=1) == np.arange(n)).all()
 
 
-def test_the_data_may_be_just_enough():
+def test_the_data_may_be_just_enough():  # P25
     assert Windows(ramp(11), batch=2, length=10)(0).tokens.tolist() == [list(range(10))] * 2
     for n in (0, 1, 10):
         with pytest.raises(DataError, match=f"only {n} tokens: one window of length 10 needs 11"):
@@ -366,7 +366,7 @@ def digest(steps):
     return h.hexdigest()
 
 
-def test_batches_are_the_same_in_another_process_and_in_any_order():
+def test_batches_are_the_same_in_another_process_and_in_any_order():  # P14
     rng = np.random.default_rng(0)
     steps = [(int(a), int(b)) for a, b in zip(rng.integers(0, 2**40, 1000), rng.integers(0, 10**7, 1000), strict=True)]
     paths = [str(Path(__file__).parent), str(Path(data.__file__).parents[1])]
@@ -382,7 +382,7 @@ def test_batches_are_the_same_in_another_process_and_in_any_order():
     assert not np.array_equal(forth[0], Windows(ramp(500), batch=3, length=7, seed=2)(0).tokens)
 
 
-def test_describe_names_what_decides_the_batches():
+def test_describe_names_what_decides_the_batches():  # P14
     base = {"batch": 4, "length": 8, "seed": 0}
     tokens = ramp(200, end=0)
     facts = Windows(tokens, **base).describe()

@@ -95,7 +95,7 @@ def test_the_tokenizer_goes_along(tmp_path):
     assert (bare.known, bare.begin, bare.ends) == (300, -1, ())
 
 
-def test_the_same_model_gives_the_same_bytes(tmp_path):
+def test_the_same_model_gives_the_same_bytes(tmp_path):  # P29
     model = model_of(ModelConfig(vocab=2100, context=32, width=32, layers=1, heads=2), BYTES)
     one, two = (export(model, tmp_path / name).path.read_bytes() for name in ("one.tlm", "two.tlm"))
     assert one == two

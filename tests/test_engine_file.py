@@ -160,7 +160,7 @@ def test_reading_needs_no_jax(sound):
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def test_every_damaged_byte_is_found(sound, tmp_path):
+def test_every_damaged_byte_is_found(sound, tmp_path):  # P27
     raw, path = sound.read_bytes(), tmp_path / "bad.tlm"
     path.write_bytes(raw)
     rng = np.random.default_rng(1)
@@ -174,7 +174,7 @@ def test_every_damaged_byte_is_found(sound, tmp_path):
 
 
 @pytest.mark.parametrize("bits", ["int8", "planes", "ternary"])
-def test_damage_that_the_sums_hide(bits, tmp_path):
+def test_damage_that_the_sums_hide(bits, tmp_path):  # P27
     """A file made by an enemy has right sums: it is refused, or it is another sound file and runs."""
     raw = file.write(tmp_path / "sound.tlm", CONSTANTS, tensors(bits)).read_bytes()
     path, refused, ran = tmp_path / "bad.tlm", 0, 0
@@ -259,7 +259,7 @@ def offset_of(raw, name):
 
 
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_files_with_right_sums(case, sound, tmp_path):
+def test_hostile_files_with_right_sums(case, sound, tmp_path):  # P27
     make, message = HOSTILE[case]
     path = tmp_path / "bad.tlm"
     path.write_bytes(make(sound.read_bytes()))

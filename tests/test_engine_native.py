@@ -170,7 +170,7 @@ def test_tokens_are_those_of_the_twin(files, sampling):
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_every_way_to_write_gives_the_same_text(files, name):
+def test_every_way_to_write_gives_the_same_text(files, name):  # P29
     path = files(name, "int8")
     expected = written(path, threads=1, speculate=0)
     assert len(expected) == 60

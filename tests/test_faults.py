@@ -180,7 +180,7 @@ def operations(tmp_path):
     return disk
 
 
-def test_a_save_is_fsync_then_rename_then_fsync_of_the_folder(tmp_path):
+def test_a_save_is_fsync_then_rename_then_fsync_of_the_folder(tmp_path):  # P2
     with prepared(tmp_path) as run, pytest.MonkeyPatch.context() as patch:
         disk = Disk(run.folder, patch)
         run.save(3, state(3))
@@ -197,7 +197,7 @@ def outcome(act):
     return None
 
 
-def test_every_operation_times_every_fault_leaves_a_good_run(tmp_path):
+def test_every_operation_times_every_fault_leaves_a_good_run(tmp_path):  # P2, P8
     total, checked, base, here, target = operations(tmp_path).count, 0, *map(tmp_path.joinpath, ("base", "here", "cut"))
     prepared(base).close()
     assert total > 40
@@ -229,7 +229,7 @@ def test_every_operation_times_every_fault_leaves_a_good_run(tmp_path):
 
 
 @pytest.mark.parametrize("guard", ["fsync of the file", "fsync of the folder", "temporary name"])
-def test_the_power_cut_test_catches_a_writer_without(guard, tmp_path):
+def test_the_power_cut_test_catches_a_writer_without(guard, tmp_path):  # P2, P30
     """P30: take one guard away and the replay must find a lost or damaged checkpoint."""
     found = []
     for data, names in POWER_CUTS:

@@ -495,7 +495,7 @@ def attack(tmp_path, monkeypatch, count, seed=0):
     return loaded, worst
 
 
-def test_damaged_folders_are_refused(tmp_path, monkeypatch):
+def test_damaged_folders_are_refused(tmp_path, monkeypatch):  # P27
     attack(tmp_path, monkeypatch, 300)
 
 
@@ -538,7 +538,7 @@ def test_damaged_index(llama, monkeypatch):
         b"\xff\xfe",
     ],
 )
-def test_headers_that_lie(llama, text):
+def test_headers_that_lie(llama, text):  # P27
     (llama / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
     with pytest.raises(FormatError, match=r"model\.safetensors is damaged|is unknown|is missing|largest tensor"):
         hf.read(llama)

@@ -103,7 +103,7 @@ def waited(awaitable):
 
 
 @pytest.mark.parametrize("form", ["run", "await"])
-def test_watching_changes_no_bit(data, reference, every_step, form):
+def test_watching_changes_no_bit(data, reference, every_step, form):  # P20
     view = Recorder()
     model, tokens, config = new(data)
     watched = fit(model, tokens, config, valid=tokens, view=view, prompt="The", sample_every=0.01)
@@ -116,7 +116,7 @@ def test_watching_changes_no_bit(data, reference, every_step, form):
     assert view.extras["story"].text.splitlines()[1].startswith("The")
 
 
-def test_fifty_display_errors_change_no_bit(data, reference, every_step):
+def test_fifty_display_errors_change_no_bit(data, reference, every_step):  # P20
     def fail(trainer, step):
         raise RuntimeError("no screen <script>")
 
@@ -129,7 +129,7 @@ def test_fifty_display_errors_change_no_bit(data, reference, every_step):
     ]
 
 
-def test_a_view_that_cannot_open_or_close_changes_no_bit(data, reference):
+def test_a_view_that_cannot_open_or_close_changes_no_bit(data, reference):  # P20
     broken = SimpleNamespace(open=lambda t: 1 / 0, draw=lambda t, s, **k: 1 / 0, close=lambda t, s, **k: 1 / 0)
     same(fit(*new(data), valid=data, view=broken).run(), reference)
 
@@ -193,7 +193,7 @@ ASK = {
 
 @pytest.mark.parametrize("form", ["run", "await"])
 @pytest.mark.parametrize("outcome", ASK)
-def test_stopping_and_going_on_repeats_the_whole(data, reference, every_step, form, outcome):
+def test_stopping_and_going_on_repeats_the_whole(data, reference, every_step, form, outcome):  # P17, P18
     go = (lambda f: f.run()) if form == "run" else waited
     trainer = go(fit(*new(data), valid=data, floor=0.25, view=at(11, ASK[outcome])))
     assert trainer.outcome == outcome
@@ -206,10 +206,11 @@ def test_stopping_and_going_on_repeats_the_whole(data, reference, every_step, fo
     assert view.extras["floor"] == 0.25  # remembered
 
 
-def test_thirty_interrupts_anywhere(data, reference):
+@pytest.mark.parametrize("count", [30, pytest.param(1000, marks=pytest.mark.slow)])
+def test_interrupts_anywhere(count, data, reference):  # P17
     """Signals from outside at any moment, in both forms, until the training is done."""
     trainer, asked = None, 0
-    while asked < 30:
+    while asked < count:
         model, tokens, config = new(data)
         watched = fit(model, tokens, config, valid=tokens, view=Recorder(), sample_every=0.02)
         while True:
@@ -241,7 +242,7 @@ def test_thirty_interrupts_anywhere(data, reference):
         same(trainer, reference)
 
 
-def test_a_cancelled_task_says_so_in_a_script(data, reference, every_step):
+def test_a_cancelled_task_says_so_in_a_script(data, reference, every_step):  # P17
     kept = []
 
     async def main():
@@ -255,7 +256,7 @@ def test_a_cancelled_task_says_so_in_a_script(data, reference, every_step):
     same(fit(trainer, view=Recorder()).run(), reference)
 
 
-def test_a_cancelled_cell_ends_quietly_in_a_notebook(data, reference, every_step, monkeypatch):
+def test_a_cancelled_cell_ends_quietly_in_a_notebook(data, reference, every_step, monkeypatch):  # P17
     monkeypatch.setattr(live, "in_notebook", lambda: True)
 
     async def main():
@@ -279,7 +280,7 @@ def test_a_second_interrupt_is_patient_in_a_notebook_and_final_in_a_script(data,
     same(fit(trainer, view=Recorder()).run(), reference)
 
 
-def test_the_event_loop_runs_between_steps(data):
+def test_the_event_loop_runs_between_steps(data):  # P18
     async def main():
         turns = 0
 
@@ -297,7 +298,7 @@ def test_the_event_loop_runs_between_steps(data):
     assert asyncio.run(main()) >= STEPS
 
 
-def test_errors_of_the_training_reach_the_caller(data):
+def test_errors_of_the_training_reach_the_caller(data):  # P22
     windows = Windows(data, batch=2, length=16)
 
     def batches(step):
@@ -356,7 +357,7 @@ def fake_watch(draw_cost=0.0, piece_cost=0.0, step_cost=0.002, steps=5000, monke
 
 
 @pytest.mark.parametrize("cost", [0.0, 0.001, 0.02, 0.3])
-def test_drawing_is_rare_and_cheap(cost, monkeypatch):
+def test_drawing_is_rare_and_cheap(cost, monkeypatch):  # P21
     drawings, spent = fake_watch(draw_cost=cost, monkeypatch=monkeypatch)
     assert 1 <= drawings <= 4 * spent["now"] + 1
     assert spent["drawing"] <= 0.011 * spent["now"] + cost  # the one that is under way counts on later time
@@ -365,7 +366,7 @@ def test_drawing_is_rare_and_cheap(cost, monkeypatch):
 
 
 @pytest.mark.parametrize("cost", [0.0, 0.002, 0.1])
-def test_samples_take_little_time(cost, monkeypatch):
+def test_samples_take_little_time(cost, monkeypatch):  # P21
     _, spent = fake_watch(piece_cost=cost, steps=20_000, monkeypatch=monkeypatch)
     assert spent["telling"] <= 0.031 * spent["now"] + 2 * cost
     if cost < 0.1:
@@ -390,7 +391,7 @@ def test_lines_without_a_terminal_are_plain(data):
     assert out.getvalue().splitlines()[0].startswith("compiling")
 
 
-def test_lines_without_a_terminal_are_few(data, every_step):
+def test_lines_without_a_terminal_are_few(data, every_step):  # P21
     out = io.StringIO()
     fit(*new(data), view=TerminalView(out, every=1e9), sample_every=0).run()
     assert len(out.getvalue().splitlines()) == 4  # compiling, first, last, outcome
@@ -530,7 +531,8 @@ def kernel():
 
 
 @pytest.mark.filterwarnings("ignore")  # of jupyter_client and zmq, which are not ours
-def test_interrupts_and_stops_in_a_kernel(kernel):
+@pytest.mark.parametrize("rounds", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_interrupts_and_stops_in_a_kernel(rounds, kernel):  # P17, P18, P21
     """Interrupts while compiling, training, twice, in both forms, and clicks on Stop: no traceback, no lost bit."""
     output, errors, _, messages = kernel.run(
         "trainer = await tinylm.fit(*new(6000), floor=0.1); reference = trainer.losses"
@@ -557,7 +559,7 @@ def test_interrupts_and_stops_in_a_kernel(kernel):
         ("stopped", 0.2, kernel.click, awaited, ""),
     ]
     begun = False
-    for outcome, wait, do, form, first in happenings:
+    for outcome, wait, do, form, first in happenings * rounds:
         if first or not begun:
             kernel.run(first + "\ntrain_this = new(6000)")
         code = form.format("*train_this" if first or not begun else "trainer")
@@ -577,7 +579,7 @@ def test_interrupts_and_stops_in_a_kernel(kernel):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_no_widgets_no_matter(kernel):
+def test_no_widgets_no_matter(kernel):  # P20
     """Without ipywidgets, and with a display that fails: text, and the same losses."""
     code = "import sys; sys.modules['ipywidgets'] = None\ntrainer = await tinylm.fit(*new(20)); print(trainer.outcome)"
     output, errors, _, messages = kernel.run(code)

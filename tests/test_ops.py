@@ -325,7 +325,7 @@ print(ops.kernels(), digest.hexdigest())
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot choose cores on this system")
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
-def test_threads_change_no_bit():
+def test_threads_change_no_bit():  # P11, P29
     folder = os.path.dirname(__file__)
     found = {
         subprocess.run(

@@ -142,8 +142,10 @@ def test_the_source_distribution_holds_everything(source):
         "data_scripts/",
         "README.md",
         "CHANGELOG.md",
+        "SECURITY.md",
         "LICENSE",
         "pyproject.toml",
+        "constraints.txt",
     )
     assert here - {"PKG-INFO"} == {name for name in listed if name.startswith(kept) and (ROOT / name).is_file()}
 

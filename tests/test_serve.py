@@ -446,6 +446,18 @@ def test_a_client_that_leaves_stops_its_generation(stream):
         until(lambda: engine.running == 0)
 
 
+def test_a_client_that_does_not_read_is_cut_off():
+    """What it was sent fills the buffers on the way; then nobody waits for it."""
+    with served(Words(end=10**9), tokens=10**9, reading=0.3) as (server, engine), socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", server.server_port))
+        body = json.dumps({"prompt": "a", "max_tokens": 10**8, "stream": True}).encode()
+        client.sendall(POST + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        until(lambda: engine.running == 1)
+        until(lambda: engine.running == 0)
+        assert ask(server, "GET", "/health")[0] == 200
+
+
 def test_closing_ends_what_runs():
     with served(Words(end=10**9, pause=0.01), tokens=10**9) as (server, engine):
         answers = []

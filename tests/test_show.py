@@ -107,7 +107,7 @@ def displays(text):
 
 
 @pytest.mark.parametrize("payload", PAYLOADS, ids=lambda p: ascii(p[:30]))
-def test_text_is_inert_in_every_display(payload):
+def test_text_is_inert_in_every_display(payload):  # P23
     for name, picture in displays(payload).items():
         html_ = picture.html if isinstance(picture, show.Picture) else picture
         page = Reader(html_)
@@ -121,7 +121,7 @@ def test_text_is_inert_in_every_display(payload):
 
 
 @given(st.text())
-def test_esc_says_all_and_only_the_visible_text(text):
+def test_esc_says_all_and_only_the_visible_text(text):  # P23
     page = Reader(f"<div>{esc(text)}</div>")
     assert page.wrong == []
     assert "".join(page.said) == visible(text)
@@ -135,13 +135,13 @@ def test_visible_names_what_hides():
 
 
 @pytest.mark.parametrize("name", ["script", "img", "a", "iframe", "style", "div onload=x", ""])
-def test_elements_that_could_act_are_refused(name):
+def test_elements_that_could_act_are_refused(name):  # P23
     with pytest.raises(ValueError, match="not among"):
         tag(name, "x")
 
 
 @pytest.mark.parametrize("name", ["onclick", "href", "src", "id", 'x" onload'])
-def test_attributes_that_could_act_are_refused(name):
+def test_attributes_that_could_act_are_refused(name):  # P23
     with pytest.raises(ValueError, match="not among"):
         tag("div", "x", **{name: "y"})
 
@@ -320,7 +320,7 @@ def test_tokens_show_each_piece_once():
     assert "4 tokens for 4 bytes" in picture.text
 
 
-def test_the_only_html_door():
+def test_the_only_html_door():  # P23
     """No room but `markup` writes an element, and none shows a raw string as HTML."""
     import pathlib
 
@@ -331,7 +331,7 @@ def test_the_only_html_door():
             assert not re.search(r"""["']<(div|span|svg|table|p|b|pre)[ >]""", source), path
 
 
-def test_a_pane_shows_pictures_and_no_markup_of_others():
+def test_a_pane_shows_pictures_and_no_markup_of_others():  # P23
     pytest.importorskip("ipywidgets")
     shown = pane()
     shown.put("<script>alert(1)</script>")

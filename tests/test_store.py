@@ -119,7 +119,7 @@ def test_the_hash_is_what_the_docstring_says(path):
     assert data[store.SLOT].decode() == hashlib.sha256(zeroed).hexdigest()
 
 
-def test_same_content_same_bytes_in_any_process(path):
+def test_same_content_same_bytes_in_any_process(path):  # P29
     code = (
         "import sys; sys.path[:0] = sys.argv[3:]; import test_store as t; "
         "t.write_file(sys.argv[1], dict(sorted(t.SAMPLE.items(), reverse=int(sys.argv[2]))), "
@@ -159,7 +159,7 @@ def damaged(data: bytes, kind: str, rng: np.random.Generator) -> bytes:
     return bytes(new)
 
 
-def test_three_thousand_damaged_files_are_all_refused(path):
+def test_three_thousand_damaged_files_are_all_refused(path):  # P4
     rng, data, tried = np.random.default_rng(0), path.read_bytes(), 0
     target = path.with_name("bad")
     for n in range(3300):
@@ -178,7 +178,7 @@ def resealed(data: bytes) -> bytes:
     return data[: store.SLOT.start] + hashlib.sha256(zeroed).hexdigest().encode() + data[store.SLOT.stop :]
 
 
-def test_hostile_files_with_a_valid_hash_never_do_anything_else(path):
+def test_hostile_files_with_a_valid_hash_never_do_anything_else(path):  # P27
     rng, data, target, refused = np.random.default_rng(1), path.read_bytes(), path.with_name("evil"), 0
     length = 8 + struct.unpack("<Q", data[:8])[0]
     digits = [i for i in range(store.SLOT.stop, length) if data[i : i + 1].isdigit()]
@@ -249,13 +249,13 @@ FOUR = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         (crafted({"__metadata__": ABOUT, "x": {**FOUR, "shape": [9]}}).replace(b"[9]", b"[" + b"9" * 5000), "header"),
     ],
 )
-def test_each_kind_of_bad_header_has_its_reason(tmp_path, file, reason):
+def test_each_kind_of_bad_header_has_its_reason(tmp_path, file, reason):  # P27
     (tmp_path / "x").write_bytes(file)
     with pytest.raises(CheckpointDamaged, match=reason):
         read_file(tmp_path / "x")
 
 
-def test_a_newer_format_is_no_damage_and_a_damaged_newer_one_is(tmp_path):
+def test_a_newer_format_is_no_damage_and_a_damaged_newer_one_is(tmp_path):  # P10
     newer = crafted({"__metadata__": {**ABOUT, "tinylm": '{"format": 3}'}})
     (tmp_path / "x").write_bytes(newer)
     with pytest.raises(StateMismatch, match=r"format 3.*update tinylm"):
@@ -265,7 +265,7 @@ def test_a_newer_format_is_no_damage_and_a_damaged_newer_one_is(tmp_path):
         read_file(tmp_path / "x")
 
 
-def test_what_is_not_a_file(tmp_path):
+def test_what_is_not_a_file(tmp_path):  # P27
     with pytest.raises(FileNotFoundError):
         read_file(tmp_path / "missing")
     with pytest.raises(CheckpointDamaged, match="not a regular file"):
@@ -278,7 +278,7 @@ def test_what_is_not_a_file(tmp_path):
         read_file(tmp_path / "loop")
 
 
-def test_an_unreadable_disk_is_damage(path, monkeypatch):
+def test_an_unreadable_disk_is_damage(path, monkeypatch):  # P4
     def broken(*_):
         raise OSError(errno.EIO, "Input/output error")
 
@@ -287,7 +287,7 @@ def test_an_unreadable_disk_is_damage(path, monkeypatch):
         read_file(path)
 
 
-def test_allocation_follows_the_file_not_its_claims(tmp_path):
+def test_allocation_follows_the_file_not_its_claims(tmp_path):  # P27
     """A header may claim terabytes; nothing is allocated for it (the claim is checked against the file's length)."""
     claim = {"dtype": "F64", "shape": [2**40], "data_offsets": [0, 2**43]}
     (tmp_path / "x").write_bytes(crafted({"__metadata__": ABOUT, "x": claim}))
@@ -302,7 +302,7 @@ def test_allocation_follows_the_file_not_its_claims(tmp_path):
 # --- refusals of the disk (P5) ----------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_noticed_before_writing(path, monkeypatch):
+def test_a_full_disk_is_noticed_before_writing(path, monkeypatch):  # P5
     before = path.read_bytes()
     monkeypatch.setattr(store, "free_bytes", lambda _: 1000)
     with pytest.raises(OSError, match=r"No space left.*0\.4 MB needed, 0\.0 MB free.*a\.safetensors") as caught:
@@ -313,7 +313,7 @@ def test_a_full_disk_is_noticed_before_writing(path, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_a_limit_on_file_size_leaves_no_litter(path):
+def test_a_limit_on_file_size_leaves_no_litter(path):  # P5
     before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
@@ -326,7 +326,7 @@ def test_a_limit_on_file_size_leaves_no_litter(path):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_bad_places(tmp_path):
+def test_bad_places(tmp_path):  # P5
     (tmp_path / "file").write_text("x")
     (tmp_path / "folder").mkdir()
     small = {"x": np.zeros(2)}
@@ -346,13 +346,13 @@ def test_bad_places(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder(tmp_path):
+def test_a_read_only_folder(tmp_path):  # P5
     tmp_path.chmod(0o500)
     with pytest.raises(PermissionError, match="not saved"):
         write_file(tmp_path / "x", {}, {})
 
 
-def test_an_interrupt_leaves_no_litter(path, monkeypatch):
+def test_an_interrupt_leaves_no_litter(path, monkeypatch):  # P2
     before = path.read_bytes()
 
     def interrupted(_):

@@ -285,5 +285,5 @@ def test_three_hundred_damaged_coded_files(coded, delta):
 
 
 @pytest.mark.slow
-def test_ten_thousand_damaged_coded_files(coded, delta):
+def test_ten_thousand_damaged_coded_files(coded, delta):  # P4, P27
     assert attack(coded, delta, 10_000) > 7000

@@ -107,7 +107,7 @@ def test_the_rest_is_not_heavier_than_jax():
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_nothing_dangerous(path):
+def test_nothing_dangerous(path):  # P28
     """No bare except, nothing that runs what it reads, no star import, and a file one can read in one go."""
     source = path.read_text(encoding="utf-8")
     assert len(source.splitlines()) <= 500

@@ -56,13 +56,29 @@ def test_sites_are_the_documented_ones(block):
     assert found["blocks.0.attn.pattern"] == (1, 2, 2, 2)
 
 
-def test_identity_tap_is_bitwise_equal():
+def test_identity_tap_is_bitwise_equal():  # P24
     """A tap that looks at everything but the pattern keeps the same arithmetic; one that looks at it is near."""
     most = recording({}, r"(?!.*(pattern|scores)).*")
     looked = jax.jit(lambda p, x: bind(GRAPH, p)(x, tap=most))(PARAMS, CLEAN)
     assert np.array_equal(looked, PLAIN(PARAMS, CLEAN))
     everything = jax.jit(lambda p, x: bind(GRAPH, p)(x, tap=lambda site, x: x))(PARAMS, CLEAN)
     np.testing.assert_allclose(everything, PLAIN(PARAMS, CLEAN), atol=1e-5)
+
+
+def test_an_error_in_a_tap_leaves_the_model_as_it_was():  # P24
+    before, model = PLAIN(PARAMS, CLEAN), bind(GRAPH, PARAMS)
+    for number in range(len(sites(model))):
+        asked = []
+
+        def tap(site, x, asked=asked, number=number):
+            asked.append(site)
+            if len(asked) > number:
+                raise LookupError(site)
+            return x
+
+        with pytest.raises(LookupError):
+            model(CLEAN, tap=tap)
+    assert np.array_equal(PLAIN(pure(model)[1], CLEAN), before)
 
 
 def test_recording_under_jit():

@@ -61,7 +61,7 @@ def test_nul_and_blank_lines_survive(tmp_path):
 
 
 @pytest.mark.parametrize("chunk", [2, 5, 2**20])
-def test_invalid_utf8(tmp_path, monkeypatch, chunk):
+def test_invalid_utf8(tmp_path, monkeypatch, chunk):  # P25
     monkeypatch.setattr(reading, "CHUNK", chunk)
     path = put(tmp_path / "bad.txt", "é one\ntwo ".encode() + b"\xff\xfe end")
     with pytest.raises(TextError, match=r"bad.txt: not UTF-8 at byte 11 \(0xff\), line 2; .*errors='replace'"):
@@ -76,7 +76,7 @@ def test_invalid_utf8(tmp_path, monkeypatch, chunk):
         list(documents(put(tmp_path / "bad.jsonl", b'{"text":"a"\n"\xff"}'.replace(b'"a"\n', b'"a"}\n'))))
 
 
-def test_jsonl(tmp_path):
+def test_jsonl(tmp_path):  # P25
     rows = [{"text": d, "title": "t"} for d in DOCS]
     path = put(tmp_path / "a.jsonl.gz", "\n\n".join(map(json.dumps, rows)).encode())
     assert list(documents(path)) == DOCS
@@ -98,7 +98,7 @@ def test_jsonl(tmp_path):
         assert list(documents(put(tmp_path / "a.jsonl", b'{"text": "a\\ud800b"}'), errors="replace")) == ["a\ufffdb"]
 
 
-def test_parquet(tmp_path):
+def test_parquet(tmp_path):  # P25
     pa = pytest.importorskip("pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")
     pq.write_table(pa.table({"text": DOCS * 500, "n": range(1500)}), tmp_path / "a.parquet")
@@ -117,7 +117,7 @@ def test_parquet(tmp_path):
         list(documents(put(tmp_path / "cut.parquet", raw[: len(raw) // 2])))
 
 
-def test_gzip_damage(tmp_path):
+def test_gzip_damage(tmp_path):  # P25
     raw = gzip.compress(os.urandom(5000).hex().encode())
     for name in ("cut.txt.gz", "cut.jsonl.gz"):
         path = tmp_path / name
@@ -145,7 +145,7 @@ def test_a_folder_is_read_in_sorted_order(tmp_path):
         list(documents(tmp_path / "none"))
 
 
-def test_what_is_no_document(tmp_path):
+def test_what_is_no_document(tmp_path):  # P25
     for raw in (b"", b"\n\n", b"\xef\xbb\xbf", b"<|endoftext|>\n<|endoftext|>"):
         with pytest.raises(TextError, match="no documents, it is empty"):
             list(documents(put(tmp_path / "empty.txt", raw)))

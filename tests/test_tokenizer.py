@@ -46,7 +46,7 @@ def text():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_round_trip_is_exact_and_specials_never_come_from_text(trained, kind):
+def test_round_trip_is_exact_and_specials_never_come_from_text(trained, kind):  # P26
     tk = trained[kind]
     assert tk.lossless
     assert tk.kind == kind
@@ -171,7 +171,7 @@ def test_training_errors():
         Tokenizer.train(broken())
 
 
-def test_encode_and_decode_errors(trained):
+def test_encode_and_decode_errors(trained):  # P25, P26
     for tk in trained.values():
         with pytest.raises(TokenizerError, match=r"character 1 of the text is the lone surrogate U\+DC80"):
             tk.encode("a\udc80")
@@ -391,14 +391,14 @@ KNOWN_BAD = [
 
 
 @pytest.mark.parametrize(("reason", "make"), KNOWN_BAD, ids=range(len(KNOWN_BAD)))
-def test_known_bad_files_are_refused_by_name(reason, make, monkeypatch):
+def test_known_bad_files_are_refused_by_name(reason, make, monkeypatch):  # P26
     bad = json.dumps(make())
     monkeypatch.setattr(module, "_rust", lambda *_: pytest.fail("the library was asked"))
     with pytest.raises(TokenizerError, match=reason):
         Tokenizer.from_json(bad)
 
 
-def test_files_that_are_no_json():
+def test_files_that_are_no_json():  # P26
     for bad, reason in (
         ("", "not a json file"),
         ("[1]", "one json object"),
@@ -413,7 +413,7 @@ def test_files_that_are_no_json():
             Tokenizer.from_json(bad)
 
 
-def test_a_special_token_that_text_could_forge_is_refused():
+def test_a_special_token_that_text_could_forge_is_refused():  # P26
     """A vocabulary whose longest match on plain text is its special token."""
     raw = edited(foreign(), ["pre_tokenizer"], {"type": "WhitespaceSplit"})
     raw["model"]["vocab"] = {("<evil>" if n == "[CLS]" else n): i for n, i in raw["model"]["vocab"].items()}
@@ -513,7 +513,7 @@ def survives(seed, count):
 
 
 @pytest.mark.filterwarnings("ignore:.*fork")  # JAX, where loaded, warns; the child never touches it
-def test_mutated_files_never_crash():
+def test_mutated_files_never_crash():  # P26
     for seed in range(4):
         assert survives(seed, 100) == 0, f"seed {seed}"
 

@@ -97,7 +97,7 @@ def test_the_model_is_current_at_every_yield(tokens, tokenizer):
     assert len(trainer.losses) == 6
 
 
-def test_weights_handed_out_survive_later_steps(tokens):
+def test_weights_handed_out_survive_later_steps(tokens):  # P24
     """The step reuses its buffers; what a caller took from the model must stay readable and unchanged."""
     taken = []
     for step in (trainer := train(fresh(), tokens, CONFIG.replace(steps=8, log_every=2))):
@@ -176,7 +176,7 @@ def test_a_tracker_hears_everything(tokens):
     assert heard == [("start", 2), ("log", 1), ("log", 2), ("finish", "done")]
 
 
-def test_training_again_compiles_nothing(tokens):
+def test_training_again_compiles_nothing(tokens):  # P16
     for _ in train(fresh(), tokens, CONFIG.replace(steps=1)):
         pass
     update = train(fresh(), tokens, CONFIG).update
@@ -204,7 +204,7 @@ def test_steps_in_one_call_change_no_bit(together, log_every, reference, tokens,
     assert digest(trainer) == digest(reference)
 
 
-def test_steps_in_one_call_with_an_interrupt_and_masks(tokens, tokenizer, tmp_path):
+def test_steps_in_one_call_with_an_interrupt_and_masks(tokens, tokenizer, tmp_path):  # P3
     """What is due inside a call is done at its step; a stopped run goes on exactly, also one step at a time."""
     config = CONFIG.replace(steps=24, objective="mlm", mask_rate=0.2, accumulate=1, log_every=12, eval_every=8)
     make = lambda: fresh(tokenizer, MODEL.replace(kind="encoder", head="mlm"))  # noqa: E731
@@ -276,7 +276,7 @@ def test_documents_keep_attention_inside_each(tokens, tokenizer):
 
 
 @pytest.mark.parametrize(("stops", "codec"), [([1], "raw"), ([2], "raw"), ([29], "planes"), ([5, 6, 20], "planes")])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(stops, codec, reference, tokens, tokenizer, tmp_path):
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(stops, codec, reference, tokens, tokenizer, tmp_path):  # P3
     trainer = train(fresh(tokenizer), tokens, CONFIG.replace(codec=codec), out=tmp_path / "run")
     losses = []
     for stop in stops:
@@ -309,7 +309,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("bug", [*PLANTED, "data from the start", "data off by one"])
-def test_the_resume_test_sees_planted_bugs(bug, reference, tokens, tokenizer, tmp_path):
+def test_the_resume_test_sees_planted_bugs(bug, reference, tokens, tokenizer, tmp_path):  # P3, P30
     trainer = train(fresh(tokenizer), tokens, CONFIG, out=tmp_path / "run")
     for step in trainer:
         if step.step == 10:
@@ -370,7 +370,7 @@ def logged(folder: Path) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.slow)])
-def test_kill_9_loses_at_most_an_interval_and_changes_nothing(kills, shards, tmp_path):
+def test_kill_9_loses_at_most_an_interval_and_changes_nothing(kills, shards, tmp_path):  # P1
     steps = 100 + 100 * kills  # a sitting does about sixty
     whole = child(tmp_path / "whole", shards, steps)
     _, err = whole.communicate(timeout=300)
@@ -399,7 +399,7 @@ def test_kill_9_loses_at_most_an_interval_and_changes_nothing(kills, shards, tmp
     assert all((tensors[0][k] == tensors[1][k]).all() for k in tensors[0])
 
 
-def test_ctrl_c_at_any_moment_leaves_an_exact_state(reference, tokens, tokenizer):
+def test_ctrl_c_at_any_moment_leaves_an_exact_state(reference, tokens, tokenizer):  # P17
     """SIGINT at random moments of many sittings: the model is always usable and the losses are the undisturbed ones."""
     trainer, rng, interrupts = train(fresh(tokenizer), tokens, CONFIG), random.Random(5), 0
     while trainer.outcome != "done":
@@ -423,7 +423,7 @@ def test_ctrl_c_at_any_moment_leaves_an_exact_state(reference, tokens, tokenizer
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_ctrl_c_acts_at_once():
+def test_a_second_ctrl_c_acts_at_once():  # P6
     with Interrupt() as interrupt:
         os.kill(os.getpid(), signal.SIGINT)
         assert interrupt.asked == signal.SIGINT
@@ -432,7 +432,7 @@ def test_a_second_ctrl_c_acts_at_once():
             time.sleep(1)
 
 
-def test_leaving_the_loop_keeps_the_state_and_iterating_goes_on(reference, tokens, tokenizer):
+def test_leaving_the_loop_keeps_the_state_and_iterating_goes_on(reference, tokens, tokenizer):  # P17
     trainer = train(fresh(tokenizer), tokens, CONFIG)
     for step in trainer:
         if step.step == 4:
@@ -460,7 +460,7 @@ def test_training_off_the_main_thread_works(tokens):
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 @pytest.mark.parametrize("at", [0, 5])
-def test_a_loss_that_is_not_finite_never_reaches_the_weights(poison, at, tokens, tokenizer, tmp_path):
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(poison, at, tokens, tokenizer, tmp_path):  # P12
     clean = Windows(tokens, batch=4, length=32, seed=3)
 
     def batches(step):
@@ -490,7 +490,7 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(poison, at, tokens,
     trainer.run.close()
 
 
-def test_a_disk_that_refuses_a_checkpoint_does_not_end_the_run(tokens, tmp_path, monkeypatch):
+def test_a_disk_that_refuses_a_checkpoint_does_not_end_the_run(tokens, tmp_path, monkeypatch):  # P5
     trainer = train(fresh(), tokens, CONFIG.replace(steps=6, save_every=1e-9), out=tmp_path / "run")
     save, full = trainer.run.save, [True]
 

@@ -78,6 +78,9 @@ def cmd_train(args: argparse.Namespace) -> None:
 
 def cmd_resume(args: argparse.Namespace) -> None:
     """Go on with a run from its newest checkpoint."""
+    from tinylm.folder import pin
+
+    pin(Path(args.folder))  # before JAX is there
     from tinylm.resuming import resume
 
     longer = {k: v for k, v in chosen(args, TrainConfig).items() if k in ("steps", "tokens", "budget")}

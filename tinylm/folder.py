@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import socket
+import sys
 import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -67,12 +68,52 @@ def _unlock(file: int, owner: int) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What the bits of a run depend on besides its settings: packages, Python, machine."""
+    """What made a file: packages, Python, machine."""
     found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
     for name in ("tinylm", "jax", "jaxlib", "flax", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found
+
+
+def circumstances() -> dict[str, str]:
+    """What the bits of a run depend on besides its settings and data.
+
+    On a CPU that is its model, the instructions of our kernels, and how many threads XLA cuts a large product for: the
+    cores it may use, or NPROC. AdamW on our kernels gives the same bits for any number, Muon and plain JAX do not.
+    """
+    import jax
+
+    from tinylm import ops
+
+    device = jax.devices()[0]
+    found = {name: version for name, version in versions().items() if name in ("machine", "tinylm", "jax", "jaxlib")}
+    found |= {"device": f"{jax.device_count()} x {device.device_kind}", "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
+    if device.platform == "cpu":
+        found |= {"processor": _processor(), "kernels": ops.kernels() if ops.native() else "", "NPROC": _cores()}
+    return found
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _cores() -> str:
+    visible = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return os.environ.get("NPROC") or str(visible)
+
+
+def pin(folder: Path) -> None:
+    """Let XLA cut its work for as many threads as when the run began. It asks once: with JAX here nothing is done."""
+    if "jax" not in sys.modules:
+        with contextlib.suppress(OSError, ValueError):  # whoever opens the run says what is wrong with it
+            then = read_config(folder).get("circumstances", {})
+            if str(then.get("NPROC", "")).isdigit():
+                os.environ.setdefault("NPROC", str(then["NPROC"]))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""Going on with a run from its folder alone, bit for bit as if it had never stopped."""
+"""Going on with a run from its folder alone, bit for bit as if it had never stopped.
+
+Bits depend on the machine too (`folder.circumstances`); where that has changed, `resume` says so, and goes on close by.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,8 @@ def resume(
 ) -> Trainer:
     """Go on with the run in `folder` from its newest sound checkpoint, exactly as if it had never stopped.
 
+    Warns of damaged checkpoints that were passed over, and of another machine or another jaxlib, which give other bits.
+
     Args:
         folder: made by `train(..., out=folder)`.
         data, valid: needed only when the run was not made from token shards, or they have moved.
@@ -43,6 +48,9 @@ def resume(
         step, tensors, metadata, notes = run.restore()
         for note in notes:
             warnings.warn(note, stacklevel=2)
+        if changes := run.changes():
+            said = f"{run.folder} goes on close to how it would have, not bit for bit: {'; '.join(changes)}"
+            warnings.warn(said, stacklevel=2)
         config = run.train.replace(**{"steps": 0, "tokens": 0, "budget": 0.0, **longer}) if longer else run.train
         model = load(run.path(step))
         train_data = reopen(data, run.data.get("train"), run.folder, "data")

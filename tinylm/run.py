@@ -1,6 +1,7 @@
 """A run folder that survives kill -9, full disks and flipped bits.
 
-    config.json                              {"format", "model", "train", "data", "tokenizer": its sha256, "versions"}
+    config.json                              {"format", "model", "train", "data", "tokenizer": its sha256, "versions",
+                                             "circumstances": what its bits depend on besides}
     tokenizer.json                           when the run has one
     run.jsonl                                one json object per logged step
     checkpoints/step-00000100.safetensors    the whole state after step 100, see `store`
@@ -29,6 +30,7 @@ from tinylm.folder import (
     INVISIBLE,
     Lock,
     RunLocked,
+    circumstances,
     contents,
     is_run,
     naming,
@@ -73,6 +75,7 @@ class Run:
         self.last_saved_step: int | None = None
         self._lock = lock
         self._sound: dict[int, tuple] = {}  # step -> the signature its file had when every byte was checked
+        self._unwritten = b""  # lines of the log that the disk has refused so far
 
     def _adopt(self, config: Mapping[str, Any]) -> None:
         with naming(self.folder / "config.json"):
@@ -100,6 +103,7 @@ class Run:
             "data": _finite(data or {}),
             "tokenizer": tokenizer.sha256 if tokenizer else None,
             "versions": versions(),
+            "circumstances": circumstances(),
         }
         require_free(folder)
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -163,6 +167,14 @@ class Run:
         """The run's tokenizer, read anew. Raises StateMismatch if the file is not the one the run was made with."""
         return read_tokenizer(self.folder, self._config.get("tokenizer"))
 
+    def changes(self) -> list[str]:
+        """What the run's bits depend on and is not as it was when it began, as `"NPROC was 2 and is 4"`."""
+        then, now = self._config.get("circumstances"), circumstances()
+        if type(then) is not dict:  # a run of an earlier version
+            return []
+        names = sorted(then.keys() | now.keys())
+        return [f"{n} was {then.get(n)} and is {now.get(n)}" for n in names if then.get(n) != now.get(n)]
+
     def change(self, train: TrainConfig) -> None:
         """Replace the training config (a resume with more steps), on disk too."""
         self._writing()
@@ -173,16 +185,25 @@ class Run:
     # --- the log ------------------------------------------------------------------------------------------------------
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Append one json line to run.jsonl. Floats keep every digit; NaN and infinities, not json, become null."""
+        """Append one json line to run.jsonl. Floats keep every digit; NaN and infinities, not json, become null.
+
+        Raises OSError when the disk refuses; the line is kept, and comes before the next one or the next checkpoint.
+        """
         self._writing()
-        line = (json.dumps(_finite(record), allow_nan=False) + "\n").encode()
+        self._unwritten += (json.dumps(_finite(record), allow_nan=False) + "\n").encode()
+        self._write_log()
+
+    def _write_log(self) -> None:
+        if not self._unwritten:
+            return
         with named_errors(self._log, "not logged"):
             file = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
             try:
                 before = os.fstat(file).st_size
-                if os.write(file, line) != len(line):  # a full disk: no half line may stay in front of later ones
-                    os.ftruncate(file, before)
+                if os.write(file, self._unwritten) != len(self._unwritten):
+                    os.ftruncate(file, before)  # a full disk: no half line may stay in front of later ones
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                self._unwritten = b""
             finally:
                 os.close(file)
 
@@ -202,6 +223,7 @@ class Run:
         their new paths. Call it with the step that `restore` gave before training on.
         """
         self._writing()
+        self._write_log()
         aside = [self._set_aside(later) for later in reversed(self.steps()) if later > step]
         if (self.last_saved_step or 0) > step:
             self.last_saved_step = step if step in self._sound else None
@@ -272,6 +294,7 @@ class Run:
         path = self.path(step)
         if path.exists() and not self._is_sound(step):
             self._set_aside(step)  # damaged ones are evidence
+        self._write_log()
         self._sync_log()
         write_file(path, tensors, {**(metadata or {}), "step": step}, codec=codec)
         self._sound[step] = _signature(path)

@@ -33,7 +33,7 @@ from tinylm.config import ConfigError, TrainConfig
 from tinylm.data import Batch, Batches, DataError, Tokens, alike, batches_of, picking
 from tinylm.model import Transformer
 from tinylm.spread import anyone, gathered, layout, leads
-from tinylm.step import State, compiled_loss, compiled_update
+from tinylm.step import State, compiled_loss, compiled_update, spikes
 from tinylm.weights import assign, fixed, pure
 
 
@@ -140,10 +140,10 @@ class Trainer:
 
     Attributes:
         model: gets the current weights at every yielded step and at the end.
-        history: every logged step so far. losses: the loss of every step of this sitting.
+        history: every logged step so far. losses: of every step of this sitting. spikes: steps where they stood out.
         outcome: "running", "done", "interrupted" (a signal; `signal` holds its number), "stopped" (`stop()`, or the
             caller left the loop) or "diverged".
-        run: the run folder, or None. last_error: why the last checkpoint could not be written, or None.
+        run: the run folder, or None. last_error: what the disk last refused, or None.
         watched: what a live view draws beside the curves, kept for the next sitting.
     """
 
@@ -180,7 +180,7 @@ class Trainer:
         self.state = self._placed(State(params, opt, jnp.int32(0), jnp.bool_(False)))
         self.step, self.seconds = 0, 0.0
         self.history: list[Step] = []
-        self.losses: list[float] = []
+        self.losses, self.spikes = list[float](), list[int]()
         self.outcome, self.signal = "running", 0
         self.last_error: OSError | None = None
         self.watched: dict[str, Any] = {}
@@ -189,7 +189,7 @@ class Trainer:
         self._clock: float | None = None
         self._flying: collections.deque[tuple[int, float, int, Callable[[], dict]]] = collections.deque()
         self._rates: collections.deque[tuple[float, int]] = collections.deque()
-        self._saved_at, self._save_cost, self._saved_step = 0.0, 0.0, -1
+        self._saved_at, self._save_cost, self._saved_step, self._looked = 0.0, 0.0, -1, 0
 
     # - asking -
 
@@ -339,11 +339,17 @@ class Trainer:
             step = step._replace(**self.validate())
         self.history.append(step)
         record = {k: v for k, v in step._asdict().items() if v is not None and k not in ("eta", "progress")}
+        new = [step.step - len(self.losses) + 1 + i for i in spikes(self.losses, self._looked)]
+        record |= {"spikes": new} if new else {}
+        self.spikes, self._looked = self.spikes + new, len(self.losses)
         if self.run is not None:
-            self.run.log(record)
+            with self._warned("a line of the log has to wait"):
+                self.run.log(record)
         self.tracker.log(record)
         if self._save_is_due() or self._is_milestone(self.step):
-            self._save_or_warn()
+            self._saved_at = self.elapsed  # also where it fails: try again after as long
+            with self._warned(f"no checkpoint at step {self.step}"):
+                self.save()
         return step
 
     def _diverge(self, number: int, figures: dict) -> None:
@@ -438,12 +444,14 @@ class Trainer:
     def _is_milestone(self, step: int) -> bool:
         return self.kept and step > 0 and self.config.until_milestone(step - 1) == 1
 
-    def _save_or_warn(self) -> None:
+    @contextlib.contextmanager
+    def _warned(self, what: str) -> Iterator[None]:
+        """Hours of training are worth more than a file: say what the disk refused, and go on."""
         try:
-            self.save()
-        except OSError as error:  # hours of training are worth more than one checkpoint: say so, and try again later
-            self.last_error, self._saved_at = error, self.elapsed
-            warnings.warn(f"no checkpoint at step {self.step}: {error}; training goes on", stacklevel=4)
+            yield
+        except OSError as error:
+            self.last_error = error
+            warnings.warn(f"{what}: {error}; training goes on", stacklevel=5)
 
 
 def train(

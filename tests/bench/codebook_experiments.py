@@ -255,7 +255,7 @@ def indexed(b: Bench, seed: int, model: Transformer, stories: list[Any]) -> Any:
     return codebooks.build(model, tokens, folder)
 
 
-def dense_values(model: Transformer, tokens: np.ndarray) -> dict[str, np.ndarray]:
+def dense_values(model: Transformer, tokens: tinylm.Tokens) -> dict[str, np.ndarray]:
     """Heads, MLP outputs and hidden neurons at every position, read in the windows that the index reads."""
     context, found = model.config.context, {}
     spans = list(windows(tokens, context, context // 2))
@@ -282,7 +282,7 @@ def run_read(b: Bench) -> None:
         index = indexed(b, seed, model, stories)
         if f"read {seed} he, she" in b.figures:
             continue
-        values = dense_values(dense, np.asarray(index.tokens, np.int32))
+        values = dense_values(dense, tinylm.Tokens.open(b.out / "read"))
         states = {}
         for layer in range(model.config.layers):
             states[f"blocks.{layer}.attn.o"] = values[f"blocks.{layer}.attn.heads"]
