@@ -205,6 +205,8 @@ def test_edits_are_kept_and_refused(tmp_path):
         ({"children": 0, "rows": (1,)}, "children = 0"),
         ({"layers": [7], "rows": (1,)}, "blocks 0 to 0"),
         ({"slots": -1, "rows": (1,)}, "slots = -1"),
+        ({"layers": 0}, "layers = 0: must be"),
+        ({"kind": "lora_vo", "alpha": "2"}, "alpha = '2': must be a number"),
     ):
         with pytest.raises(EditError, match=what):
             add_memory(Transformer(CONFIG), **settings)
@@ -506,3 +508,74 @@ def test_states_embed_texts(corpus):
     mean = mean[0].mean(0)
     np.testing.assert_allclose(x[2], mean / np.linalg.norm(mean), atol=1e-5)
     assert Tree.fit(TEXTS, children=2, depth=1, embed=States(model)).find(TEXTS).shape == (40, 1)
+
+
+def test_misuse_is_said(trained, tree, corpus):
+    model, tokens, nodes = trained[0].model, *corpus[:2]
+    few, other = TEXTS[:3], Tree.fit(TEXTS, children=3, depth=2)
+    of = {"children": 2, "batch": 2, "length": 8}
+    blank = Transformer(CONFIG)
+    for call, said in (
+        (lambda: Tree.fit("a long text of words", children=2), "'a long text of words' is one text"),
+        (lambda: tree.find("the sea"), "is one text: give a list"),
+        (lambda: tree.find(["the sea", None]), r"texts\[1\] = None: must be a text"),
+        (lambda: Tree.fit(TEXTS, children=2.5), "children = 2.5"),
+        (lambda: Tree.fit(TEXTS, depth=0), "depth = 0"),
+        (lambda: Tree.fit(TEXTS, steps=-1), "steps = -1"),
+        (lambda: Tree.fit(TEXTS, sample=1), "sample = 1"),
+        (lambda: Tree.fit(TEXTS, most=float("nan")), "most = nan"),
+        (lambda: tree.descend(np.zeros((3, 99), np.float32)), "x .3, 99.: this tree is of embeddings of"),
+        (lambda: States(model, batch=0), "batch = 0"),
+        (lambda: score(model, "the sea"), "is one text"),
+        (lambda: score(model, TEXTS[:5], nodes[:3]), "3 rows of nodes for 5 texts"),
+        (lambda: score(model, few, "genric"), "nodes = 'genric'"),
+        (lambda: score(model, few, after=[1]), r"after = \[1\]: give one"),
+        (lambda: score(model, few, after=[-1] * 3), r"after = \[-1, -1, -1\]"),
+        (lambda: score(model, few, after=[1, 999, 1]), r"after\[1\] = 999: nothing of the text"),
+        (lambda: score(blank, few), "set model.tokenizer"),
+        (lambda: recall(model, ["a", "b"], ["c"]), "2 prompts and 1 answers"),
+        (lambda: recall(model, ["a"], [""]), "none empty"),
+        (lambda: recall(model, [], []), "0 prompts"),
+        (lambda: recall(model, "ab", "cd"), "prompts = 'ab' is one text"),
+        (lambda: tell(model, other, "the sea"), "3 children, .* is not this model's: its memories have 2 children"),
+        (lambda: tell(model, tree, "the sea", every=0), "every = 0"),
+        (lambda: browse(tree, TEXTS, nodes[:3]), r"nodes \(3, 2\), depth = 2: give \(40, 2\)"),
+        (lambda: browse(tree, TEXTS, depth=0), "depth = 0"),
+        (lambda: browse(tree, "abc"), "is one text"),
+        (lambda: typical(TEXTS, nodes[:3, 0]), r"groups \(3,\) for 40 texts"),
+        (lambda: under((0.5, 1), 2, 2), r"branch = \(0.5, 1\)"),
+        (lambda: under(3, 2, 2), "branch = 3"),
+        (lambda: Documents(tokens, nodes[:, 0], **of), r"nodes of shape \(40,\) for 40 documents"),
+        (lambda: Documents(tokens, None, **of), r"nodes of shape \(\)"),
+        (lambda: Documents(tokens, nodes, **{**of, "children": 3}), "is no path down a tree with 3 children"),
+    ):
+        with pytest.raises(MemoriesError, match=said):
+            call()
+    assert States(model)([]).shape == (0, 16)
+    assert write_nodes(tokens, nodes.tolist(), tree).exists()
+
+
+def test_leaves_that_are_left_out_stay_on_their_own_paths(corpus):
+    tokens, nodes, _ = corpus
+    without = np.stack([nodes[:, 0], np.full(len(nodes), -1)], axis=1)
+    assert len(np.unique(nodes[:, 0])) == 2
+    source = Documents(tokens, without, children=2, batch=4, length=16)
+    assert source.paths.tolist() == [[0, -1], [1, -1]]
+    assert [len(documents) for documents, _ in source._leaves] == np.bincount(nodes[:, 0]).tolist()
+
+
+def test_nodes_of_another_tree_are_not_fetched_in_silence():
+    model = stirred(add_memory(Transformer(CONFIG), **SHAPE))
+    graph, params = pure(model)
+
+    def fetched(nodes):
+        nodes = jnp.array(nodes, jnp.int32)
+        return run(graph, {n: nodes if n.endswith(".fetched") else x for n, x in params.items()}, IDS)
+
+    found = np.asarray(fetched([[1, 2], [1, 5], [-1, -1]]))  # level 1 has nodes 0 to 3 and the generic 4
+    assert np.isnan(found).all(axis=(1, 2)).tolist() == [False, True, False]
+    assert np.isfinite(found[[0, 2]]).all()
+    with pytest.raises(ValueError, match="nodes of 3 levels are fetched, and the memory has 2"):
+        fetched([[0, 0, 0]])
+    with pytest.raises(ValueError, match="fetched for 2 rows and 3 are read"):
+        fetched([[0, 0], [1, 2]])

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,10 @@ import pytest
 from tinylm.config import ConfigError, ModelConfig, TrainConfig
 from tinylm.data import Batch
 from tinylm.memory import Bank, MemoriesError, add_memory, fetching, resume_with_bank, train_with_bank
+from tinylm.memory import bank as bank_module
 from tinylm.memory.training import Slots
 from tinylm.model import Transformer
-from tinylm.store import StateMismatch
+from tinylm.store import CheckpointDamaged, StateMismatch
 from tinylm.training import train
 from tinylm.weights import named
 
@@ -155,7 +157,7 @@ def require_same_end(folder, step, streamed):
         assert np.array_equal(bank.read(level, np.arange(n)), streamed[0].bank.read(level, np.arange(n)))
 
 
-def test_a_killed_run_resumes_bit_for_bit(streamed, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(streamed, tmp_path):  # P1
     done = subprocess.run([sys.executable, "-c", CODE, str(ROOT / "tests"), str(tmp_path)], cwd=ROOT, timeout=200)
     assert done.returncode == -signal.SIGKILL
     require_same_end(tmp_path, 4, streamed)
@@ -208,6 +210,58 @@ print(json.dumps([two.losses, many.members[0].losses]))
         assert losses == pytest.approx(whole.losses, rel=1e-5)
 
 
+def test_what_is_written_between_two_runs_is_taken_up(streamed, tmp_path):
+    shutil.copytree(streamed[1], tmp_path / "one")
+    bank, slots = Bank.open(tmp_path / "one" / "bank"), streamed[0].bank.slots
+    node = int(slots["node.1"].max())  # on the device in the checkpoint
+    bank.write(1, [node], 7.0)
+    trainer = resume_with_bank(tmp_path / "one" / "run", bank, data=batches)
+    assert node not in trainer.slots[1].node
+    assert (trainer.slots[0].node == slots["node.0"]).all()
+    trainer.state, _ = trainer._bring(trainer.state, [batches(0)._replace(fetched=np.array([[node // 3, node]]))])
+    (held,) = [rows[nodes == node] for level, nodes, rows in trainer._held() if level == 1]
+    assert (held[:, :48] == 7).all()
+    assert not held[:, 48:].any()
+    trainer.run.close()
+
+
+def test_the_bank_of_another_run_is_refused(streamed, tmp_path):
+    """Also one that stands at the same step; nothing of one step is written twice."""
+    shutil.copytree(streamed[1], tmp_path / "one")
+    bank, slots = Bank.open(tmp_path / "one" / "bank"), streamed[0].bank.slots
+    node = slots["node.1"][-1:]
+    bank.stage(1, node, bank.read(1, node) + 1)
+    bank.prepare(12, slots)
+    bank.apply()
+    with pytest.raises(StateMismatch, match=f"has another node {node[0]} of level 1 than the checkpoint of step 12"):
+        resume_with_bank(tmp_path / "one" / "run", bank, data=batches)
+    with pytest.raises(MemoriesError, match="give a Bank, such as Bank.open"):
+        resume_with_bank(tmp_path / "one" / "run", tmp_path / "one" / "bank", data=batches)
+    trainer, path = streamed[0], streamed[0].run.path(12)
+    before = path.stat().st_mtime_ns
+    assert trainer.save() == path
+    assert path.stat().st_mtime_ns == before
+
+
+def test_a_step_that_fails_leaves_the_rows_usable(made, tmp_path):
+    bank = Bank.open(shutil.copytree(made, tmp_path / "bank"))
+    three = lambda step: batches(step)._replace(fetched=batches(step).fetched[:3])  # noqa: E731
+    with pytest.raises(MemoriesError, match="3 rows of nodes for 4 rows of tokens"):
+        list(train_with_bank(with_slots(), three, RUN, bank))
+    trainer = train_with_bank(with_slots(), batches, RUN, bank)
+
+    def failing(*args):
+        raise RuntimeError("in the step")
+
+    trainer._inner = failing
+    with pytest.raises(RuntimeError, match="in the step"):
+        list(trainer)
+    bank.verify()
+    before = Bank.open(made)
+    for level, n in enumerate(bank.nodes):
+        assert np.array_equal(bank.read(level, np.arange(n)), before.read(level, np.arange(n)))
+
+
 def test_a_bank_is_refused_where_it_does_not_belong(streamed, tmp_path):
     _, folder = streamed
     bank = Bank.open(folder / "bank")
@@ -227,9 +281,10 @@ def test_a_bank_is_refused_where_it_does_not_belong(streamed, tmp_path):
         train_with_bank(with_slots(), batches, RUN.replace(ema=0.9), bank)
     with pytest.raises(MemoriesError, match="do not fit 2 slots"):
         bank.fetching(with_slots(2), [[0, 0], [1, 3], [2, 6]])
-    os.truncate(folder / "bank" / "level-0.rows", 100)
+    shutil.copytree(folder / "bank", tmp_path / "cut")
+    os.truncate(tmp_path / "cut" / "level-0.rows", 100)
     with pytest.raises(StateMismatch, match="100 bytes instead of"):
-        Bank.open(folder / "bank")
+        Bank.open(tmp_path / "cut")
 
 
 def test_a_new_bank_draws_every_node_and_can_be_edited(tmp_path):
@@ -248,3 +303,168 @@ def test_a_new_bank_draws_every_node_and_can_be_edited(tmp_path):
     assert (again.read(1, np.array([3, 4]))[:, :48] == 7).all()
     assert np.array_equal(again.read(1, np.array([5])), rows[5:6])
     assert set(named(bank.resident(model))) == set(named(resident()))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder of a bank that is never changed: copy it."""
+    return Bank.of(tmp_path_factory.mktemp("made") / "bank", resident()).folder
+
+
+def flip(path, byte, bit=3):
+    with path.open("r+b") as file:
+        file.seek(byte)
+        old = file.read(1)[0]
+        file.seek(byte)
+        file.write(bytes([old ^ (1 << bit)]))
+
+
+def test_a_flipped_bit_is_found_and_named(made, tmp_path):
+    folder = Path(shutil.copytree(made, tmp_path / "bank"))
+    bank = Bank.open(folder)
+    bank.verify()
+    size = 4 * (3 * 48 + 1)  # parameters, two moments, a count
+    raw, sums = (folder / "level-1.rows").read_bytes(), (folder / "level-1.sums").read_bytes()
+    assert sums == b"".join(zlib.crc32(raw[n * size : (n + 1) * size], n).to_bytes(4, sys.byteorder) for n in range(10))
+    for byte in (0, 4 * 50, 4 * 100, size - 1):  # a parameter, each moment, the count
+        flip(folder / "level-1.rows", 7 * size + byte)
+        with pytest.raises(
+            CheckpointDamaged, match=rf"level-1\.rows: node 7 of level 1, bytes {7 * size} to {8 * size - 1}, "
+        ):
+            Bank.open(folder).verify()
+        with pytest.raises(CheckpointDamaged, match="node 7 of level 1"):
+            bank.fetching(with_slots(), [2, 7])
+        bank.read(1, [6, 8])
+        flip(folder / "level-1.rows", 7 * size + byte)
+        bank.verify()
+    for name, place in (("rows", 2 * size), ("rows", 3 * size), ("sums", 4 * 5)):
+        flip(folder / f"level-1.{name}", place)
+    with pytest.raises(CheckpointDamaged, match="node 2 of level 1.*, and 2 more of 10 rows: put back .* bank.write"):
+        bank.verify()
+    bank.write(1, [2, 3, 5], 0)  # the remedy that the message names
+    Bank.open(folder).verify()
+    rows = np.memmap(folder / "level-1.rows", np.float32, "r+", shape=(10, size // 4))
+    rows[[0, 1]] = rows[[1, 0]]  # sound rows, at each other's places
+    with pytest.raises(CheckpointDamaged, match="node 0 of level 1.*, and 1 more"):
+        bank.verify()
+
+
+def test_changed_rows_are_checked_before_they_replace_others(made, tmp_path):
+    folder = Path(shutil.copytree(made, tmp_path / "bank"))
+    bank = Bank.open(folder)
+    before = bank.read(0, np.arange(4))
+    bank.stage(0, np.array([1, 2]), before[1:3] + 1)
+    bank.prepare(5, {})
+    flip(folder / "level-0.changed", 2 * 4 * bank.width(0))
+    again = Bank.open(folder)
+    for _ in range(2):  # also when it is tried anew
+        with pytest.raises(CheckpointDamaged, match=r"level-0\.changed: node 2 of level 0"):
+            again.recover(5)
+    with pytest.raises(CheckpointDamaged, match=r"level-0\.changed"):
+        bank.read(0, [2])
+    with pytest.raises(MemoriesError, match=r"killed here as it saved.* keep its rows with bank.recover.5., or drop"):
+        again.write(0, [1], 0)
+    again.recover(0)  # the checkpoint before is whole
+    again.verify()
+    assert np.array_equal(again.read(0, np.arange(4)), before)
+    again.stage(0, np.array([3]), before[3:] + 1)
+    again.prepare(0, {})  # as far as a killed `write` came
+    again = Bank.open(folder)
+    again.write(0, [1], 2.0)
+    again.verify()
+    assert (again.read(0, [1])[:, :96] == 2).all()
+    assert np.array_equal(again.read(0, [3]), before[3:])
+
+
+class Watched:
+    """A mapped file that tells before anything is done to it."""
+
+    def __init__(self, table, tell):
+        self.table, self.tell = table, tell
+
+    def __getitem__(self, at):
+        return self.table[at]
+
+    def __setitem__(self, at, value):
+        self.tell()
+        self.table[at] = value
+        self.tell()
+
+    def flush(self):
+        self.tell()
+        self.table.flush()
+
+
+def test_rows_and_sums_agree_wherever_a_commit_is_killed(made, tmp_path, monkeypatch):
+    bank = Bank.open(shutil.copytree(made, tmp_path / "bank"))
+    copies = []
+
+    def copy():
+        copies.append(Path(shutil.copytree(bank.folder, tmp_path / f"copy-{len(copies)}")))
+
+    def telling(call):
+        return lambda *args, **more: (copy(), call(*args, **more))[1]
+
+    levels = [(0, np.array([1, 3])), (1, np.array([0, 4, 9]))]
+    old = [bank.read(level, np.arange(n)) for level, n in enumerate(bank.nodes)]
+    new = [rows.copy() for rows in old]
+    monkeypatch.setattr(bank_module, "PIECE", 1)  # row by row
+    for name in ("_rows", "_sums", "_changed"):
+        setattr(bank, name, [Watched(table, copy) for table in getattr(bank, name)])
+    for name in ("write_file", "sync_folder"):
+        monkeypatch.setattr(bank_module, name, telling(getattr(bank_module, name)))
+    for name in ("replace", "truncate"):
+        monkeypatch.setattr(os, name, telling(getattr(os, name)))
+    for level, nodes in levels:
+        new[level][nodes] += 1
+        bank.stage(level, nodes, new[level][nodes])
+    bank.prepare(5, {"node.0": np.array([4])})
+    bank.apply()
+    copy()
+    monkeypatch.undo()
+    assert len(copies) > 20
+    steps = set()
+    for folder in copies:
+        prepared = (folder / "commit.safetensors").exists()
+        for step in {Bank.open(folder).step, 5} if prepared else {Bank.open(folder).step}:
+            one = Bank.open(shutil.copytree(folder, f"{folder}-{step}"))
+            one.verify()  # as it was left
+            for rows, level in zip(new if one.step else old, (0, 1), strict=True):
+                assert np.array_equal(one.read(level, np.arange(len(rows))), rows)
+            one.recover(step)
+            for again in (one, Bank.open(one.folder)):
+                again.verify()
+                assert again.step == step
+                assert set(again.slots) == ({"node.0"} if step else set())
+                for rows, level in zip(new if step else old, (0, 1), strict=True):
+                    assert np.array_equal(again.read(level, np.arange(len(rows))), rows)
+            assert not any((one.folder / f"{name}.safetensors").exists() for name in ("commit", "applied"))
+            steps.add((prepared, step))
+    assert steps == {(False, 0), (True, 0), (True, 5), (False, 5)}
+
+
+def test_what_a_bank_cannot_do_is_said(made, tmp_path):
+    bank = Bank.open(shutil.copytree(made, tmp_path / "bank"))
+    for call, said in (
+        (lambda: bank.read(2, [0]), "level = 2: this bank has levels 0 to 1"),
+        (lambda: bank.read(1, [10]), "level 1 has nodes 0 to 8 and the generic 9"),
+        (lambda: bank.read(1, [-1]), "level 1 has nodes 0 to 8"),
+        (lambda: bank.write(7, [0], 0), "level = 7"),
+        (lambda: bank.write(1, [0.5], 0), "nodes = "),
+        (lambda: bank.write(1, [1], float("nan")), "one number or .1, 48. of them, all finite"),
+        (lambda: bank.write(1, [1], np.zeros((2, 3))), "one number or .1, 48. of them"),
+        (lambda: bank.fetching(with_slots(), "genric"), 'nodes = .genric.: give numbers, "generic" or "none"'),
+    ):
+        with pytest.raises(MemoriesError, match=said):
+            call()
+    bank.verify()
+    assert not bank.read(1, []).size
+    about = bank.folder / "bank.json"
+    text = about.read_text()
+    for damaged in (text[:40], "{}", '{"format": 2}', "[]"):
+        about.write_text(damaged)
+        with pytest.raises(CheckpointDamaged, match="bank.json is not what was written"):
+            Bank.open(bank.folder)
+    about.write_text(text.replace('"format": 2', '"format": 1'))
+    with pytest.raises(StateMismatch, match="bank format 1; this version reads 2"):
+        Bank.open(bank.folder)

@@ -6,44 +6,85 @@
 
     bank.json                   what it belongs to: children, rows, the memories' paths, values per block
     level-0.rows, ...           float32 (nodes + 1, 3 values + memories): parameters, both Adam moments, step counts
+    level-0.sums, ...           uint32 (nodes + 1): the CRC-32 of every row
     level-0.changed, ...        rows changed since the last commit, sparse, at the places they have in level-0.rows
     state.safetensors           the step the rows stand at, and which node each slot held then
-    commit.safetensors          a commit under way: which changed rows belong to which step
+    commit.safetensors          a commit that is prepared: which changed rows, and their sums, belong to which step
+    applied.safetensors         the same file, once it is decided that these rows go to their places
 
 One row of a file is all there is of a node, so fetching a node is one read. Rows are never changed in place between
 two checkpoints: what leaves the device goes to `changed`. With a checkpoint these rows are made durable first
 (`prepare`), then the checkpoint is written, then they are copied to their places (`apply`), which may be interrupted
-and repeated. So at every moment the newest checkpoint can be gone on from, and a killed run resumes bit for bit
-(`recover`). Rows have no hash: unlike a checkpoint's, a flipped bit in them is not found.
+and repeated; until it is done they are read from `changed`. So at every moment the newest checkpoint can be gone on
+from, and a killed run resumes bit for bit (`recover`).
+
+Every row is checked against its sum whenever it is read, parameters and moments alike, and `Bank.verify` checks all of
+them. A sum begins from the number of its node, so a row at another's place is found too. It finds every flip of up to
+32 neighbouring bits, and of others all but one in 4 billion; it is no protection from someone who changes both files.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from tinylm.memory.clusters import MemoriesError
 from tinylm.memory.documents import generic_nodes, require_nodes
 from tinylm.memory.retrieval import memories, require_resident, shape_of
-from tinylm.store import PathLike, StateMismatch, read_file, sync_folder, write_bytes, write_file
+from tinylm.store import CheckpointDamaged, PathLike, StateMismatch, read_file, sync_folder, write_bytes, write_file
 from tinylm.weights import assign, bind, named, pure
 
-FORMAT = 1
+FORMAT = 2  # 1 had no sums
 KINDS = ("param", "mean", "square", "count")
 """What a row holds of each memory, in this order: all of the first kind, then all of the next."""
-PIECE = 32 * 2**20  # bytes that are made or copied at a time
+PIECE = 32 * 2**20  # bytes that are made, copied or checked at a time
+
+
+def pieces(nodes: np.ndarray, width: int) -> list[np.ndarray]:
+    """The nodes, so many at a time that their rows of `width` numbers are about `PIECE` bytes."""
+    step = max(1, PIECE // (4 * width))
+    return [nodes[begin : begin + step] for begin in range(0, len(nodes), step)]
+
+
+def checksums(nodes: Iterable[int], rows: Float[np.ndarray, "nodes width"]) -> np.ndarray:
+    """(nodes,) uint32: the CRC-32 of each row's bytes, begun from the number of its node."""
+    rows = np.ascontiguousarray(rows, np.float32)
+    return np.array([zlib.crc32(row, int(node)) for node, row in zip(nodes, rows, strict=True)], np.uint32)
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """What bank.json says. Raises FileNotFoundError, StateMismatch for another format, CheckpointDamaged."""
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(about, dict) or "format" not in about:
+            raise ValueError("it names no format")
+        if about["format"] != FORMAT:
+            raise StateMismatch(
+                f"{path}: bank format {about['format']}; this version reads {FORMAT}: make the bank anew"
+            )
+        if missing := {"children", "rows", "names", "values"} - about.keys():
+            raise ValueError(f"it does not name {', '.join(sorted(missing))}")
+    except StateMismatch:
+        raise
+    except ValueError as error:
+        raise CheckpointDamaged(f"{path} is not what was written: {error}") from error
+    return about
 
 
 class Bank:
-    """The memories of a model, in a folder. One process may write; `create` and `of` make one, `open` opens it.
+    """The memories of a model, in a folder: `create` and `of` make one, `open` opens it.
+
+    One process may write, and no other read meanwhile.
 
     Attributes:
         folder, children, rows: as the model's memories have them. names: their paths.
@@ -52,9 +93,7 @@ class Bank:
 
     def __init__(self, folder: PathLike):
         self.folder = Path(folder)
-        about = json.loads((self.folder / "bank.json").read_text(encoding="utf-8"))
-        if about.get("format") != FORMAT:
-            raise StateMismatch(f"{folder}: bank format {about.get('format')}; this version reads {FORMAT}")
+        about = _about(self.folder / "bank.json")
         self.children, self.rows, self.names = about["children"], tuple(about["rows"]), tuple(about["names"])
         self.values: list[list[int]] = about["values"]
         self.nodes = [int(n) + 1 for n in generic_nodes(self.children, len(self.rows))]
@@ -62,7 +101,11 @@ class Bank:
         self.step: int = said["step"]
         self._rows = [self._map(level, "rows") for level in range(len(self.rows))]
         self._changed = [self._map(level, "changed") for level in range(len(self.rows))]
+        self._sums = [self._map(level, "sums") for level in range(len(self.rows))]
         self._dirty = [np.zeros(n, bool) for n in self.nodes]
+        self._new_sums = [np.zeros(n, np.uint32) for n in self.nodes]  # of the changed rows
+        if self._at("applied.safetensors").exists():  # was interrupted: its rows may not be in their places
+            self._take(self._at("applied.safetensors"), check=False)
 
     # - making one -
 
@@ -115,6 +158,8 @@ class Bank:
             table = np.memmap(folder / f"level-{level}.rows", np.float32, "r+", shape=(nodes + 1, width))
             fill(level, table)
             table.flush()
+            sums = np.concatenate([checksums(some, table[some]) for some in pieces(np.arange(nodes + 1), width)])
+            write_bytes(folder / f"level-{level}.sums", sums.tobytes())
         write_file(folder / "state.safetensors", {}, {"step": 0})
         rows_ = list(next(iter(rows)))
         about = {"format": FORMAT, "children": children, "rows": rows_, "names": list(held), "values": values}
@@ -123,7 +168,10 @@ class Bank:
 
     @classmethod
     def open(cls, folder: PathLike) -> Bank:
-        """A bank that is there. Raises FileNotFoundError, StateMismatch for files of another size or format."""
+        """A bank that is there; it is not read through, see `verify`.
+
+        Raises FileNotFoundError, StateMismatch for files of another size or format, CheckpointDamaged.
+        """
         return cls(folder)
 
     # - rows -
@@ -136,10 +184,14 @@ class Bank:
         return 3 * sum(self.values[level]) + len(self.names)
 
     def _map(self, level: int, kind: str) -> np.ndarray:
-        path, shape = self._at(f"level-{level}.{kind}"), (self.nodes[level], self.width(level))
-        if path.stat().st_size != 4 * shape[0] * shape[1]:
-            raise StateMismatch(f"{path}: {path.stat().st_size} bytes instead of {4 * shape[0] * shape[1]}: damaged")
-        return np.memmap(path, np.float32, "r+", shape=shape)
+        path, nodes = self._at(f"level-{level}.{kind}"), self.nodes[level]
+        shape, dtype = ((nodes,), np.uint32) if kind == "sums" else ((nodes, self.width(level)), np.float32)
+        size = path.stat().st_size
+        if kind == "changed" and not size:  # killed as it was emptied
+            os.truncate(path, size := 4 * math.prod(shape))
+        if size != 4 * math.prod(shape):
+            raise StateMismatch(f"{path}: {size} bytes instead of {4 * math.prod(shape)}: damaged")
+        return np.memmap(path, dtype, "r+", shape=shape)
 
     def columns(self, level: int) -> dict[tuple[str, str], slice]:
         """(kind, path of a memory) -> its place in a row."""
@@ -151,28 +203,96 @@ class Bank:
                 at += size
         return found
 
-    def read(self, level: int, nodes: np.ndarray) -> np.ndarray:
-        """(nodes, width) rows, the newest there are."""
-        rows, changed = np.array(self._rows[level][nodes]), self._dirty[level][nodes]
+    def read(self, level: int, nodes: Any) -> np.ndarray:
+        """(nodes, width) float32 rows, the newest there are.
+
+        Raises CheckpointDamaged for a row that is not what was written, MemoriesError for nodes that are not there.
+        """
+        nodes = self._require(level, nodes)
+        rows, sums, changed = np.array(self._rows[level][nodes]), self._sums[level][nodes], self._dirty[level][nodes]
         if changed.any():
             rows[changed] = self._changed[level][nodes[changed]]
+            sums = np.where(changed, self._new_sums[level][nodes], sums)
+        self._check(level, nodes, rows, sums, changed)
         return rows
 
-    def stage(self, level: int, nodes: np.ndarray, rows: np.ndarray) -> None:
+    def stage(self, level: int, nodes: np.ndarray, rows: Float[np.ndarray, "nodes width"]) -> None:
         """New rows, for the next commit."""
+        rows = np.ascontiguousarray(rows, np.float32)
+        self._new_sums[level][nodes] = checksums(nodes, rows)
         self._changed[level][nodes] = rows
         self._dirty[level][nodes] = True
+
+    def verify(self) -> None:
+        """Check every row, of parameters and of moments, against its sum; reads the files once, piece by piece.
+
+        Raises CheckpointDamaged that names the file and the place of the first rows that are not what was written.
+        """
+        for level, nodes in enumerate(self.nodes):
+            for some in pieces(np.arange(nodes), self.width(level)):
+                self.read(level, some)
+
+    def _require(self, level: int, nodes: Any) -> np.ndarray:
+        """(nodes,) int64. Raises MemoriesError for a level or nodes that this bank does not have."""
+        if not (isinstance(level, int | np.integer) and 0 <= level < len(self.rows)):
+            raise MemoriesError(f"level = {level!r}: this bank has levels 0 to {len(self.rows) - 1}")
+        nodes, most = np.atleast_1d(np.asarray(nodes)), self.nodes[level] - 1
+        nodes = nodes if nodes.size else nodes.astype(int)
+        if (
+            nodes.ndim != 1
+            or nodes.dtype.kind not in "iu"
+            or (len(nodes) and not 0 <= nodes.min() <= nodes.max() <= most)
+        ):
+            raise MemoriesError(f"nodes = {nodes}: level {level} has nodes 0 to {most - 1} and the generic {most}")
+        return nodes.astype(np.int64)
+
+    def _check(self, level: int, nodes: Any, rows: np.ndarray, sums: np.ndarray, changed: np.ndarray) -> None:
+        """Raise CheckpointDamaged unless these are the rows that were written; `changed`: which lie in that file."""
+        bad = np.flatnonzero(checksums(nodes, rows) != sums)
+        if not len(bad):
+            return
+        node, size, there = int(nodes[bad[0]]), 4 * self.width(level), bool(changed[bad[0]])
+        path = self._at(f"level-{level}." + ("changed" if there else "rows"))
+        more = f", and {len(bad) - 1} more of {len(nodes)} rows" if len(bad) > 1 else ""
+        rest = "" if there else f", or give up what this node knows with bank.write({level}, {node}, 0)"
+        raise CheckpointDamaged(
+            f"{path}: node {node} of level {level}, bytes {node * size} to {(node + 1) * size - 1}, is not what was "
+            f"written{more}: put back a copy of the folder{rest}"
+        )
 
     def write(self, level: int, nodes: Any, values: Any) -> None:
         """Set the parameters of blocks, and forget their moments: editing knowledge. Durable when it returns.
 
-        `values` is (nodes, parameters of a block in all memories), or one number for all of them: 0 deletes.
+        Between two trainings: a trainer that is under way writes what it holds itself.
+
+        Args:
+            nodes: numbers of nodes, or a slice of them.
+            values: (nodes, parameters of a block in all memories), or one number for all of them: 0 deletes.
+
+        Raises MemoriesError for nodes that are not there, values of another shape or not finite, and while a commit of
+        a killed run waits to be taken up or dropped.
         """
-        nodes = np.atleast_1d(np.arange(self.nodes[level])[nodes])
+        waiting = self._at("commit.safetensors")
+        if waiting.exists() and (step := read_file(waiting)[1]["step"]) != self.step:  # the same: of a killed `write`
+            raise MemoriesError(
+                f"{self.folder}: a run was killed here as it saved: resume_with_bank goes on with it; or keep its rows "
+                f"with bank.recover({step}), or drop them with bank.recover({self.step})"
+            )
+        if self._at("applied.safetensors").exists():
+            self.apply()  # its rows may be in `changed` alone, where new ones go
+        if isinstance(nodes, slice) and 0 <= level < len(self.nodes):
+            nodes = np.arange(self.nodes[level])[nodes]
+        nodes = self._require(level, nodes)
+        values, shape = np.asarray(values, np.float32), (len(nodes), sum(self.values[level]))
+        if values.shape not in ((), shape) or not np.isfinite(values).all():
+            raise MemoriesError(f"values {values.shape}: must be one number or {shape} of them, all finite")
         rows = np.zeros((len(nodes), self.width(level)), np.float32)
-        rows[:, : sum(self.values[level])] = values
+        rows[:, : shape[1]] = values
         self.stage(level, nodes, rows)
-        self.prepare(self.step, self.slots)
+        slots, name = dict(self.slots), f"node.{level}"
+        if name in slots:  # what a checkpoint has on the device is no longer the node's: it is read anew
+            slots[name] = np.where(np.isin(slots[name], nodes), -1, slots[name])
+        self.prepare(self.step, slots)
         self.apply()
 
     # - durable -
@@ -182,19 +302,36 @@ class Bank:
         for table in self._changed:
             table.flush()
         dirty = {f"dirty.{level}": np.flatnonzero(d) for level, d in enumerate(self._dirty)}
-        write_file(self._at("commit.safetensors"), {**dirty, **slots}, {"step": step})
+        sums = {f"sums.{i}": s[dirty[f"dirty.{i}"]] for i, s in enumerate(self._new_sums)}
+        write_file(self._at("commit.safetensors"), {**dirty, **sums, **slots}, {"step": step})
 
     def apply(self) -> None:
-        """Copy the rows of the commit to their places; may be repeated."""
-        arrays, said = read_file(self._at("commit.safetensors"))
-        for level, (table, changed) in enumerate(zip(self._rows, self._changed, strict=True)):
-            nodes, step = arrays.pop(f"dirty.{level}"), max(1, PIECE // (4 * self.width(level)))
-            for begin in range(0, len(nodes), step):
-                some = nodes[begin : begin + step]
-                table[some] = changed[some]
-            table.flush()
-        write_file(self._at("state.safetensors"), arrays, {"step": said["step"]})
+        """Copy the rows of the commit to their places; may be repeated. Raises CheckpointDamaged before it begins."""
+        prepared, decided = self._at("commit.safetensors"), self._at("applied.safetensors")
+        self._take(prepared if prepared.exists() else decided, check=True)
+        every = [pieces(np.flatnonzero(dirty), self.width(level)) for level, dirty in enumerate(self._dirty)]
+        if prepared.exists():
+            os.replace(prepared, decided)  # from here on it is carried out, and its rows are read from `changed`
+            sync_folder(self.folder)
+        for level, parts in enumerate(every):
+            for some in parts:
+                self._rows[level][some] = self._changed[level][some]
+                self._sums[level][some] = self._new_sums[level][some]
+            self._rows[level].flush()
+            self._sums[level].flush()
+        write_file(self._at("state.safetensors"), self.slots, {"step": self.step})
         self._forget()
+
+    def _take(self, path: Path, check: bool) -> None:
+        """Go by a commit's step, slots and changed rows, which are checked first."""
+        arrays, said = read_file(path)
+        found = [(arrays.pop(f"dirty.{level}"), arrays.pop(f"sums.{level}")) for level in range(len(self.rows))]
+        for level, (nodes, sums) in enumerate(found if check else []):
+            for at in pieces(np.arange(len(nodes)), self.width(level)):
+                self._check(level, nodes[at], self._changed[level][nodes[at]], sums[at], np.ones(len(at), bool))
+        for dirty, new, (nodes, sums) in zip(self._dirty, self._new_sums, found, strict=True):
+            dirty[:] = False
+            dirty[nodes], new[nodes] = True, sums
         self.step, self.slots = said["step"], arrays
 
     def recover(self, step: int) -> None:
@@ -204,17 +341,26 @@ class Bank:
             self.apply()
         if step != self.step:
             raise StateMismatch(f"{self.folder} holds the rows of step {self.step}, the run's checkpoint is of {step}")
-        self._forget()
+        self._settle()
 
     def begin(self) -> None:
         """Take the rows as they are for a new run, at its step 0."""
+        self._settle()
         write_file(self._at("state.safetensors"), {}, {"step": 0})
         self.step, self.slots = 0, {}
-        self._forget()
+
+    def _settle(self) -> None:
+        """Carry out what is decided, and drop what is not: no checkpoint knows of it."""
+        self._at("commit.safetensors").unlink(missing_ok=True)
+        if self._at("applied.safetensors").exists():
+            self.apply()
+        else:
+            self._forget()
 
     def _forget(self) -> None:
         """Drop what is changed: it stands in its place, or no checkpoint knows of it."""
-        self._at("commit.safetensors").unlink(missing_ok=True)
+        for name in ("commit.safetensors", "applied.safetensors"):
+            self._at(name).unlink(missing_ok=True)
         sync_folder(self.folder)
         for level, dirty in enumerate(self._dirty):
             if dirty.any() or self._at(f"level-{level}.changed").stat().st_blocks:
@@ -238,8 +384,6 @@ class Bank:
     def fetching(self, model: Any, nodes: Any = "generic") -> Any:
         """As `retrieval.fetching`, for a model with slots: the blocks are read from the files into its slots."""
         self.require(model)
-        if isinstance(nodes, str):
-            nodes = {"generic": generic_nodes(self.children, len(self.rows)), "none": [-1] * len(self.rows)}[nodes]
         nodes, (graph, params) = require_nodes(nodes, self.children, len(self.rows)), pure(model)
         own = np.full_like(nodes, -1)
         for level in range(len(self.rows)):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tinylm.markup import FAINT, Picture, framed, tag, visible
-from tinylm.memory.clusters import Tree, words
+from tinylm.memory.clusters import MemoriesError, Tree, texts_of, words
 from tinylm.show import BLUE, GREEN, ORANGE
 
 TINTS = (BLUE, ORANGE, GREEN)
@@ -17,7 +17,13 @@ LONGEST = 90  # characters of an example
 
 
 def typical(texts: Sequence[str], groups: np.ndarray, most: int = 5) -> dict[int, list[str]]:
-    """Group -> the words whose log-odds against all other groups stand out most (Monroe et al. 2008, a flat prior)."""
+    """Group -> the words whose log-odds against all other groups stand out most (Monroe et al. 2008, a flat prior).
+
+    `groups` is (texts,) whole numbers. Raises MemoriesError for other numbers of them.
+    """
+    texts, groups = texts_of(texts), np.asarray(groups)
+    if groups.shape != (len(texts),):
+        raise MemoriesError(f"groups {groups.shape} for {len(texts)} texts: give one number for each")
     total: Counter[str] = Counter()
     own: dict[int, Counter[str]] = {}
     for text, group in zip(texts, groups.tolist(), strict=True):
@@ -52,9 +58,15 @@ def browse(
     Args:
         texts: documents to show it by. nodes: theirs, where they are known. depth: levels shown.
         most: words per cluster. examples: texts of each cluster at the last level shown.
+
+    Raises MemoriesError for other numbers of texts and nodes, or no level to show.
     """
-    texts = list(texts)
-    nodes = tree.find(texts) if nodes is None else nodes
+    texts = texts_of(texts)
+    nodes = tree.find(texts) if nodes is None else np.asarray(nodes)
+    if nodes.shape != (len(texts), tree.depth) or depth < 1:
+        raise MemoriesError(
+            f"nodes {nodes.shape}, depth = {depth}: give ({len(texts)}, {tree.depth}) nodes, depth >= 1"
+        )
     depth = min(depth, tree.depth)
     said = [typical(texts, nodes[:, level], most) for level in range(depth)]
     rows, lines = [], []

@@ -29,6 +29,16 @@ class MemoriesError(ValueError):
     """Something about clusters or a bank that cannot be used; the message names it and the remedy."""
 
 
+def texts_of(texts: Sequence[str], name: str = "texts") -> list[str]:
+    """The texts as a list. Raises MemoriesError for one text, which is a sequence of letters, and for what is none."""
+    if isinstance(texts, str):
+        raise MemoriesError(f"{name} = {texts[:40]!r} is one text: give a list of texts")
+    texts = list(texts)
+    if wrong := [f"{name}[{i}] = {text!r}" for i, text in enumerate(texts) if not isinstance(text, str)]:
+        raise MemoriesError(f"{wrong[0][:80]}: must be a text")
+    return texts
+
+
 def words(text: str) -> list[str]:
     """The words of a text, in lower case."""
     return WORD.findall(text.lower())
@@ -51,7 +61,7 @@ class TfIdf:
     kind = "tfidf"
 
     def __init__(self, texts: Sequence[str], *, dims: int = 64, most: int = 20_000, least: int = 2, seed: int = 0):
-        texts = list(texts)
+        texts = texts_of(texts)
         seen = Counter(word for text in texts for word in set(words(text)))
         kept = sorted((word for word, n in seen.items() if n >= least), key=lambda word: (-seen[word], word))[:most]
         if not kept:
@@ -116,6 +126,8 @@ class States:
     def __init__(self, model: Any, site: str = "norm", *, batch: int = 64):
         if model.tokenizer is None:
             raise MemoriesError("a model without a tokenizer cannot read texts: set model.tokenizer")
+        if not isinstance(batch, int) or batch < 1:
+            raise MemoriesError(f"batch = {batch!r}: must be a number of texts")
         self.model, self.site, self.batch = model, site, batch
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
@@ -140,7 +152,7 @@ class States:
             for row, own in enumerate(ids):
                 tokens[row, : len(own)], real[row, : max(1, len(own))] = own, 1
             found.append(np.asarray(mean(params, tokens, real))[: len(ids)])
-        return unit(np.concatenate(found))
+        return unit(np.concatenate(found)) if found else np.zeros((0, self.model.config.width), np.float32)
 
 
 # --- the tree ---------------------------------------------------------------------------------------------------------
@@ -226,11 +238,19 @@ class Tree:
             embed: default `TfIdf` of these texts. steps, most, sample: see `kmeans`.
 
         Raises:
-            MemoriesError: fewer texts than children, or an embedding that is not (texts, dims) and finite.
+            MemoriesError: fewer texts than children, settings out of range, or an embedding that is not (texts, dims)
+                and finite.
         """
-        texts = list(texts)
-        if children < 2 or depth < 1 or len(texts) < children:
-            raise MemoriesError(f"children = {children}, depth = {depth}: {len(texts)} texts cannot be clustered so")
+        texts = texts_of(texts)
+        for name, value, least in (("children", children, 2), ("depth", depth, 1), ("steps", steps, 0)):
+            if not isinstance(value, int | np.integer) or value < least:
+                raise MemoriesError(f"{name} = {value!r}: must be a whole number of at least {least}")
+        if len(texts) < children:
+            raise MemoriesError(f"children = {children}: {len(texts)} texts cannot be clustered so")
+        if not isinstance(sample, int | np.integer) or sample < children:
+            raise MemoriesError(f"sample = {sample!r}: must be a number of texts, one for each of {children} children")
+        if not most > 1:
+            raise MemoriesError(f"most = {most!r}: must be above 1, the even share of a cluster")
         embed = TfIdf(texts, seed=seed) if embed is None else embed
         x = embedded(embed, texts)
         centroids, labels = [], np.zeros(len(x), np.int64)
@@ -253,10 +273,15 @@ class Tree:
         """(texts, depth) int32: the nodes on each text's way down."""
         if self.embed is None:
             raise MemoriesError("this tree was loaded without its embedding: Tree.load(path, embed=...)")
-        return self.descend(embedded(self.embed, list(texts)))
+        return self.descend(embedded(self.embed, texts_of(texts)))
 
     def descend(self, x: np.ndarray) -> np.ndarray:
-        """(rows, depth) int32: at each level the child with the nearest centroid, of those of the node above."""
+        """(rows, depth) int32: at each level the child with the nearest centroid, of those of the node above.
+
+        Raises MemoriesError unless x is (rows, dims), dims those of the centroids.
+        """
+        if (len(x) and x.shape[-1] != self.centroids[0].shape[1]) or x.ndim != 2:
+            raise MemoriesError(f"x {x.shape}: this tree is of embeddings of {self.centroids[0].shape[1]} dims")
         nodes = np.zeros((len(x), self.depth), np.int32)
         above = np.zeros(len(x), np.int64)
         for level, table in enumerate(self.centroids):
@@ -318,6 +343,7 @@ def write_nodes(tokens: Any, nodes: np.ndarray, tree: Tree) -> Path:
     """
     if tokens.folder is None:
         raise MemoriesError("these tokens are in memory: write_tokens puts them into a folder")
+    nodes = np.asarray(nodes)
     if nodes.shape != (tokens.documents, tree.depth):
         raise MemoriesError(f"nodes {nodes.shape} for {tokens.documents} documents and {tree.depth} levels")
     path = Path(tokens.folder) / f"{tokens.split}-nodes.safetensors"

@@ -20,7 +20,14 @@ def generic_nodes(children: int, depth: int) -> np.ndarray:
 
 
 def require_nodes(nodes: Any, children: int, depth: int) -> np.ndarray:
-    """(rows, depth) int32 numbers of nodes, -1 for none and the generic ones included. Raises MemoriesError."""
+    """(rows, depth) int32 numbers of nodes, -1 for none and the generic ones included; "generic" or "none" is one row.
+
+    Raises MemoriesError.
+    """
+    if isinstance(nodes, str):
+        if nodes not in ("generic", "none"):
+            raise MemoriesError(f'nodes = {nodes!r}: give numbers, "generic" or "none"')
+        nodes = generic_nodes(children, depth) if nodes == "generic" else np.full(depth, -1)
     nodes = np.atleast_2d(np.asarray(nodes))
     if nodes.ndim != 2 or nodes.shape[1] != depth or nodes.dtype.kind not in "iu":
         raise MemoriesError(f"nodes {nodes.shape}: give whole numbers, one for each of {depth} levels")
@@ -32,7 +39,21 @@ def require_nodes(nodes: Any, children: int, depth: int) -> np.ndarray:
 
 def shuffled(nodes: np.ndarray, seed: int = 0) -> np.ndarray:
     """The control of random clusters: the same paths, dealt out to the documents at random."""
-    return nodes[np.random.default_rng(seed).permutation(len(nodes))]
+    return np.asarray(nodes)[np.random.default_rng(seed).permutation(len(nodes))]
+
+
+def require_paths(nodes: np.ndarray, children: int) -> np.ndarray:
+    """The nodes, if each lies under the one before it; -1 and generic ones may stand anywhere. Raises MemoriesError."""
+    generic = generic_nodes(children, nodes.shape[1])
+    told = (nodes >= 0) & (nodes < generic)
+    wrong = (told[:, 1:] & told[:, :-1] & (nodes[:, 1:] // children != nodes[:, :-1])).any(axis=1)
+    if wrong.any():
+        row = int(np.flatnonzero(wrong)[0])
+        raise MemoriesError(
+            f"nodes[{row}] = {nodes[row].tolist()} is no path down a tree with {children} children: give `children` of "
+            "the tree that found them"
+        )
+    return nodes
 
 
 class Documents:
@@ -41,6 +62,8 @@ class Documents:
     The documents of a leaf stand one after another (Pouransari et al. 2025 pack by the finest cluster), and are cut
     into windows of `length`; the last of a leaf is filled up with positions of weight 0. Each epoch visits every window
     once, in an order that depends on the seed. Attention stays inside a document, unless `apart` is false.
+
+    Raises DataError for tokens without an end, MemoriesError for nodes that are no paths, or settings out of range.
 
     Args:
         tokens: with a known end token. nodes: (documents, levels), of `Tree.find`, in the order of the tokens.
@@ -69,15 +92,17 @@ class Documents:
             raise MemoriesError(f"generic = {generic}, batch = {batch}, length = {length}: out of range")
         ends = [np.flatnonzero(p == tokens.end) + s for p, s in zip(tokens._parts, tokens._starts, strict=False)]
         self._ends = np.concatenate(ends)
-        if len(nodes) != len(self._ends) - 1:
-            raise MemoriesError(f"{len(nodes)} rows of nodes for {len(self._ends) - 1} documents: one for each")
-        self.nodes = require_nodes(nodes, children, np.shape(nodes)[1])
+        if np.ndim(nodes) != 2 or len(nodes) != len(self._ends) - 1:
+            what = f"{len(nodes)} rows of nodes" if np.ndim(nodes) == 2 else f"nodes of shape {np.shape(nodes)}"
+            raise MemoriesError(f"{what} for {len(self._ends) - 1} documents: one row for each, (documents, levels)")
+        self.nodes = require_paths(require_nodes(nodes, children, np.shape(nodes)[1]), children)
         self._lay_out()
 
     def _lay_out(self) -> None:
         """Leaf by leaf: its documents in their order, how far each reaches, and the windows over all of them."""
-        order = np.argsort(self.nodes[:, -1], kind="stable")
-        _, first = np.unique(self.nodes[order, -1], return_index=True)
+        _, path = np.unique(self.nodes, axis=0, return_inverse=True)  # the leaf may be -1 on different paths
+        order = np.argsort(path.reshape(-1), kind="stable")
+        _, first = np.unique(path.reshape(-1)[order], return_index=True)
         self._leaves, starts = [], []
         for i, documents in enumerate(np.split(order, first[1:])):
             reach = np.cumsum(np.diff(self._ends)[documents])
@@ -154,6 +179,8 @@ class Only:
 
     def __init__(self, source: Documents, nodes: Sequence[int]):
         self.source, self.nodes = source, require_nodes(nodes, source.children, source.nodes.shape[1])
+        if len(self.nodes) != 1:
+            raise MemoriesError(f"nodes {self.nodes.shape}: give the same for every row, one number for each level")
         self.tokens, self.batch, self.length, self.windows = source.tokens, source.batch, source.length, source.windows
 
     def __call__(self, step: int) -> Batch:

@@ -18,8 +18,8 @@ from flax import nnx
 
 from tinylm.evaluation import Window, batches, bootstrap
 from tinylm.generation import generate
-from tinylm.memory.clusters import MemoriesError, Tree
-from tinylm.memory.documents import generic_nodes, require_nodes
+from tinylm.memory.clusters import MemoriesError, Tree, texts_of
+from tinylm.memory.documents import require_nodes
 from tinylm.techniques.memory import Memory
 from tinylm.weights import bind, dotted, pure
 from tinylm.yardsticks import frame
@@ -61,10 +61,6 @@ def fetching(model: Any, nodes: Any = "generic") -> Any:
     children, depth = shape_of(model)
     if not (isinstance(nodes, str) and nodes == "none"):
         require_resident(model, "fetch with Bank.fetching, or make it whole with Bank.resident")
-    if isinstance(nodes, str):
-        if nodes not in ("generic", "none"):
-            raise MemoriesError(f'nodes = {nodes!r}: give numbers, "generic" or "none"')
-        nodes = generic_nodes(children, depth) if nodes == "generic" else np.full(depth, -1)
     nodes = jnp.asarray(require_nodes(nodes, children, depth))
     graph, params = pure(model)
     return bind(graph, {name: nodes if name.rpartition(".")[2] == "fetched" else x for name, x in params.items()})
@@ -76,7 +72,14 @@ def tell(
     """A text whose memories follow it: every `every` tokens those of the text so far are fetched (strict retrieval).
 
     What was read with other memories is read again with the new ones. Settings as in `generate`.
+
+    Raises MemoriesError for a model without memory, or a tree that its memories do not belong to.
     """
+    if shape_of(model) != (tree.children, tree.depth):
+        children, depth = shape_of(model)
+        raise MemoriesError(f"{tree!r} is not this model's: its memories have {children} children and depth {depth}")
+    if every < 1 or tokens < 0:
+        raise MemoriesError(f"every = {every}, tokens = {tokens}: every must be at least 1, and tokens not negative")
     text, made = prompt, 0
     while made < tokens:
         own = fetching(model, tree.find([text])[0])
@@ -152,26 +155,51 @@ def score(model: Any, texts: Sequence[str], nodes: Any = None, *, after: Sequenc
     """How well a model predicts texts, each with its own memories.
 
     Args:
-        nodes: (texts, levels), or a row for all of them; None: what the model's own state says (a new one: nothing).
+        nodes: (texts, levels), or a row for all of them, or as in `fetching`; None: what the model's own state says (a
+            new one: nothing). A model without memory makes no use of them.
         after: only what comes after so many characters of each text is scored (the prefix that was retrieved with);
             the token that reaches over the border counts with the prefix.
+
+    Raises:
+        MemoriesError: no tokenizer, other numbers of texts, nodes and `after`, nodes that are not there, or a text with
+            nothing after its prefix.
+        EvaluationError: no text, or an empty one.
     """
-    tokenizer, texts = model.tokenizer, list(texts)
+    tokenizer, texts = _tokenizer(model), texts_of(texts)
     framed, size = frame(texts, tokenizer)
-    if nodes is not None:
-        nodes = np.broadcast_to(np.atleast_2d(nodes), (len(texts), np.shape(nodes)[-1]))
+    nodes = _a_row_for_each(model, nodes, len(texts))
     skips, size = [0] * len(texts), size.astype(float)
     if after is not None:
+        if len(after) != len(texts) or min(after) < 0:
+            raise MemoriesError(f"after = {list(after)[:8]}: give one number of characters, 0 or more, for each text")
         lengths = np.array([len(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab)])
         for i, (ids, text) in enumerate(zip(framed, texts, strict=True)):
             covered = np.cumsum([0, *lengths[ids[1:-1]]])
             skips[i] = int(np.searchsorted(covered, len(text[: after[i]].encode())))
             size[i] -= covered[min(skips[i], len(covered) - 1)]
+            if size[i] <= 0:
+                raise MemoriesError(f"after[{i}] = {after[i]}: nothing of the text, {len(text)} characters, is left")
     nats = [-logp[skip:] for (logp, _), skip in zip(token_scores(model, framed, nodes), skips, strict=True)]
     bits = np.array([n.sum() for n in nats]) / math.log(2)
     total = float(bits.sum() / size.sum())
     per_token = float(sum(n.sum() for n in nats) / sum(map(len, nats)))
     return Score(total, bootstrap(bits, size), per_token, bits, size)
+
+
+def _tokenizer(model: Any) -> Any:
+    if model.tokenizer is None:
+        raise MemoriesError("a model without a tokenizer cannot read texts: set model.tokenizer")
+    return model.tokenizer
+
+
+def _a_row_for_each(model: Any, nodes: Any, count: int) -> np.ndarray | None:
+    """(count, levels) nodes; None where none are given or the model fetches nothing."""
+    if nodes is None or not any(isinstance(module, Memory) for _, module in nnx.iter_modules(model)):
+        return None
+    nodes = require_nodes(nodes, *shape_of(model))
+    if len(nodes) not in (1, count):
+        raise MemoriesError(f"{len(nodes)} rows of nodes for {count} texts: one for each, or one for all")
+    return np.broadcast_to(nodes, (count, nodes.shape[1]))
 
 
 class Recall(NamedTuple):
@@ -191,16 +219,18 @@ def recall(model: Any, prompts: Sequence[str], answers: Sequence[str], nodes: An
 
     Args:
         nodes: as in `score`: of the prompts alone (strict), or of where the answer is to be found (oracle).
+
+    Raises MemoriesError as `score` does, and for no question or an empty answer.
     """
-    tokenizer = model.tokenizer
+    tokenizer, prompts, answers = _tokenizer(model), texts_of(prompts, "prompts"), texts_of(answers, "answers")
+    if len(prompts) != len(answers) or not prompts or not all(answers):
+        raise MemoriesError(f"{len(prompts)} prompts and {len(answers)} answers: one answer for each, and none empty")
     framed, starts = [], []
     for prompt, answer in zip(prompts, answers, strict=True):
         whole, part = tokenizer.encode(prompt + answer), tokenizer.encode(prompt)
         same = next((i for i, (a, b) in enumerate(zip(whole, part, strict=False)) if a != b), len(part))
         framed.append(np.concatenate([[tokenizer.begin], whole]).astype(np.int32))
         starts.append(same)
-    if nodes is not None:
-        nodes = np.broadcast_to(np.atleast_2d(nodes), (len(framed), np.shape(nodes)[-1]))
-    found = token_scores(model, framed, nodes)
+    found = token_scores(model, framed, _a_row_for_each(model, nodes, len(framed)))
     hits = np.array([hit[at:].all() for (_, hit), at in zip(found, starts, strict=True)])
     return Recall(hits, np.array([logp[at:].sum() for (logp, _), at in zip(found, starts, strict=True)]))

@@ -8,6 +8,7 @@ A branch is (level, node): that node's block and those of everything below it.
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -36,7 +37,10 @@ class Block(NamedTuple):
 
 def under(branch: Branch, children: int, depth: int) -> dict[int, slice]:
     """Level -> the nodes of a branch, itself included. Raises MemoriesError for one that the tree does not have."""
-    level, node = branch
+    try:
+        level, node = map(operator.index, branch)
+    except (TypeError, ValueError):
+        level = node = -1
     if not (0 <= level < depth and 0 <= node < children ** (level + 1)):
         raise MemoriesError(f"branch = {branch}: give (level, node), levels 0 to {depth - 1} of {children} children")
     return {

@@ -27,9 +27,16 @@ from tinylm.memory.documents import require_nodes
 from tinylm.memory.retrieval import memories
 from tinylm.resuming import resume
 from tinylm.step import State, compiled_loss
+from tinylm.store import StateMismatch
 from tinylm.training import Tracker, Trainer, create
 
 LEAST = 4  # rows that are exchanged at a time, padded to a power of two: few programs are compiled
+
+
+def require_bank(bank: Any) -> None:
+    """Raise MemoriesError for what is no bank, such as its folder's name."""
+    if not isinstance(bank, Bank):
+        raise MemoriesError(f"bank = {bank!r}: give a Bank, such as Bank.open(folder)")
 
 
 class Slots:
@@ -66,6 +73,7 @@ class BankTrainer(Trainer):
     """A `Trainer` whose model holds slots of a `Bank`. Made by `train_with_bank` and `resume_with_bank`."""
 
     def __init__(self, model: Any, data: Batches, config: TrainConfig, *, bank: Bank, **more: Any):
+        require_bank(bank)
         if config.parallel != "none" or config.ema:
             raise ConfigError('a bank in files is trained on one device and without ema: parallel="none", ema=0')
         bank.require(model)
@@ -91,8 +99,8 @@ class BankTrainer(Trainer):
         return sorted(found, key=lambda one: one[1:])
 
     def _step_with_rows(self, state: State, batches: list[Batch], rates: Any, seed: Any) -> tuple[State, Any]:
-        state, batches = self._bring(state, batches)
-        return self._inner(state, batches, rates, seed)
+        self.state, batches = self._bring(state, batches)  # the one before is donated: it stays usable if a step fails
+        return self._inner(self.state, batches, rates, seed)
 
     def _bring(self, state: State, batches: list[Batch]) -> tuple[State, list[Batch]]:
         """The state with every row that the batches fetch, and the batches with slots in place of nodes."""
@@ -103,6 +111,9 @@ class BankTrainer(Trainer):
         every = [np.unique(np.concatenate([f[:, level] for f in fetched])) for level in range(len(self.slots))]
         every = [wanted[wanted >= 0] for wanted in every]
         plans = [slots.plan(wanted) for slots, wanted in zip(self.slots, every, strict=True)]
+        for batch, nodes in zip(batches, fetched, strict=True):
+            if len(nodes) not in (1, len(batch.tokens)):
+                raise MemoriesError(f"{len(nodes)} rows of nodes for {len(batch.tokens)} rows of tokens: one for each")
         most = max(len(missing) for missing, _, _ in plans)
         if most:
             self._write_back()
@@ -133,19 +144,27 @@ class BankTrainer(Trainer):
     def _commit(self) -> None:
         """All rows to the files, those on the device too, and durable as those of this step."""
         self._write_back()
-        leaves = jax.tree.leaves(self.state)
+        for level, nodes, rows in self._held():
+            self.bank.stage(level, nodes, rows)
+        tables = {f"node.{i}": s.node for i, s in enumerate(self.slots)}
+        self.bank.prepare(self.step, tables | {f"used.{i}": s.used for i, s in enumerate(self.slots)})
+
+    def _held(self) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """(level, nodes, their rows) that are on the device."""
+        leaves, found = jax.tree.leaves(self.state), []
         for level, slots in enumerate(self.slots):
             held = np.flatnonzero(slots.node >= 0)
             if len(held):
                 own = [
                     np.asarray(leaves[i]).reshape(len(slots.node), -1) for i, at, _, _ in self._columns() if at == level
                 ]
-                self.bank.stage(level, slots.node[held], np.concatenate(own, axis=1)[held])
-        tables = {f"node.{i}": s.node for i, s in enumerate(self.slots)}
-        self.bank.prepare(self.step, tables | {f"used.{i}": s.used for i, s in enumerate(self.slots)})
+                found.append((level, slots.node[held], np.concatenate(own, axis=1, dtype=np.float32)[held]))
+        return found
 
     def save(self) -> Path | None:
-        """Write a checkpoint, and the rows that belong to it."""
+        """Write a checkpoint, and the rows that belong to it; nothing where those of this step are written already."""
+        if self.run is not None and self._saved_step == self.bank.step == self.step:
+            return self.run.path(self.step)  # two commits of one step could not be told apart after a kill
         if self.kept:
             self._commit()
         path = super().save()
@@ -172,11 +191,17 @@ class BankTrainer(Trainer):
             self.bank.apply()
 
     def take_up(self) -> None:
-        """Go on with the slots as the bank's last commit left them."""
+        """Go on with the slots as the bank's last commit left them. Raises StateMismatch for another run's bank."""
         for i, slots in enumerate(self.slots):
             if f"node.{i}" in self.bank.slots:
                 slots.node, slots.used = self.bank.slots[f"node.{i}"].copy(), self.bank.slots[f"used.{i}"].copy()
         self._call = int(max(slots.used.max() for slots in self.slots)) if self.bank.slots else 0
+        for level, nodes, rows in self._held():
+            if bad := np.flatnonzero((self.bank.read(level, nodes) != rows).any(axis=1)).tolist():
+                raise StateMismatch(
+                    f"{self.bank.folder} has another node {nodes[bad[0]]} of level {level} than the checkpoint of step "
+                    f"{self.step}: resume with the bank that this run was trained with"
+                )
 
 
 @functools.lru_cache(maxsize=16)
@@ -224,8 +249,10 @@ def resume_with_bank(
     """As `tinylm.resume`, bit for bit, rows included.
 
     Raises StateMismatch where the bank stands at another step than the newest checkpoint, which happens only when that
-    file was damaged or the bank was trained elsewhere; `memories` of the model must be the bank's.
+    file was damaged or the bank was trained elsewhere, or holds other rows than the checkpoint, as that of another run;
+    `memories` of the model must be the bank's. What `Bank.write` changed since is taken up.
     """
+    require_bank(bank)
     plain = resume(folder, data=data, valid=valid, **more)
     try:
         bank.recover(plain.step)

@@ -121,11 +121,18 @@ class Memory(Technique):
 
     def recall(self, dtype: Any) -> dict[str, Float[Array, "b R _"]]:
         """The fetched blocks of all levels, joined: name of a piece -> (b, R, values), zeros where none is fetched."""
+        if self.fetched.shape[1] != len(self.rows):
+            raise ValueError(
+                f"nodes of {self.fetched.shape[1]} levels are fetched, and the memory has {len(self.rows)}"
+            )
         found: dict[str, list[Array]] = {name: [] for name in self.pieces()}
         for level, r in enumerate(self.rows):
             nodes = self.fetched[...][:, level]
             table = self.bank[level][...]
-            block = jnp.where((nodes >= 0)[:, None], table[jnp.maximum(nodes, 0)], 0).astype(dtype)
+            block = table.at[jnp.maximum(nodes, 0)].get(
+                mode="fill", fill_value=np.nan
+            )  # another tree's: not in silence
+            block = jnp.where((nodes >= 0)[:, None], block, 0).astype(dtype)
             at = 0
             for name, width in self.pieces().items():
                 found[name].append(block[:, at : at + r * width].reshape(len(nodes), r, width))
@@ -133,8 +140,15 @@ class Memory(Technique):
         return {name: jnp.concatenate(parts, axis=1) for name, parts in found.items()}
 
 
+def require_rows(fetched: int, read: int) -> None:
+    """Raise ValueError unless one row of nodes serves all that is read, or each its own."""
+    if fetched not in (1, read):
+        raise ValueError(f"nodes are fetched for {fetched} rows and {read} are read: give one row of nodes, or {read}")
+
+
 def each(x: Float[Array, "B *T d"], rows: Float[Array, "b R d"]) -> Float[Array, "B *T R"]:
     """x times the rows fetched for it: `b` is B, or 1 where all of the batch fetched the same."""
+    require_rows(len(rows), len(x))
     return x @ rows[0].T if len(rows) == 1 else jnp.einsum("b...d,brd->b...r", x, rows)
 
 
@@ -178,6 +192,8 @@ class LoRAMemory(Memory):
 
     def __init__(self, inner: nnx.Module, *, rngs: nnx.Rngs, alpha: float = 2.0, **settings: Any):
         super().__init__(inner, rngs=rngs, **settings)
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            raise EditError(f"alpha = {alpha!r}: must be a number")
         self.alpha = float(alpha)
 
     def pieces(self) -> dict[str, int]:
@@ -212,6 +228,7 @@ class KVMemory(Memory):
         """What the fetched values give to every position."""
         own, (b, _, h, e) = self.recall(q.dtype), q.shape
         nodes = self.fetched[...]
+        require_rows(len(nodes), b)
         known = jnp.repeat(nodes >= 0, np.array(self.rows), axis=1, total_repeat_length=sum(self.rows))
         key, value = (jnp.broadcast_to(x.reshape(len(x), -1, h, e), (b, x.shape[1], h, e)) for x in own.values())
         scores = jnp.einsum("bthe,brhe->bhtr", self.root.q_norm(q), key, preferred_element_type=jnp.float32)
@@ -289,6 +306,8 @@ def add_memory(
         if layers not in ("uniform", "late"):
             raise EditError(f'layers = {layers!r}: must be "uniform", "late" or numbers of blocks')
         layers = range(count // 2 if layers == "late" else 0, count)
+    if not isinstance(layers, Sequence):
+        raise EditError(f'layers = {layers!r}: must be "uniform", "late" or numbers of blocks')
     if not layers or not all(type(i) is int and 0 <= i < count for i in layers):
         raise EditError(f"layers = {list(layers)}: the model has blocks 0 to {count - 1}")
     name, part = KINDS[kind]
