@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tinylm.evaluation import EvaluationError
@@ -75,6 +75,7 @@ def test_rouge_by_its_definition(a, b, n):
 
 @settings(deadline=None)
 @given(some, st.lists(letters, min_size=1, max_size=4), st.integers(1, 3))
+@example([["a"]], [[]], 3)  # a corpus without a single run of three
 def test_a_corpus_by_brute_force(documents, texts, n):
     corpus = Corpus(" ".join(one) for one in documents)
     held = ["," + ",".join(one) + "," for one in documents]

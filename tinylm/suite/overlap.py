@@ -157,7 +157,8 @@ class Corpus:
             owner = np.searchsorted(self.starts, np.arange(len(mine)), side="right") - 1
             order = np.lexsort((owner, mine))
             mine, owner = mine[order], owner[order]
-            new = np.append(True, (mine[1:] != mine[:-1]) | (owner[1:] != owner[:-1]))
+            new = np.ones(len(mine), bool)  # of an empty corpus none
+            new[1:] = (mine[1:] != mine[:-1]) | (owner[1:] != owner[:-1])
             self._bigrams = mine[new], owner[new]
         hashes, owners = self._bigrams
         found = []
