@@ -362,7 +362,7 @@ def test_cells_run_again_compile_nothing_and_leave_nothing(count, tmp_path):  # 
             break
         gc.collect()
         Run.open(tmp_path / f"left-{again}", write=True).close()
-    assert handles() == before[1]
+    assert handles() <= before[1]
 
 
 def grown(steps, warm):
