@@ -4,7 +4,6 @@ import argparse
 import ast
 import asyncio
 import gc
-import hashlib
 import json
 import os
 import resource
@@ -18,6 +17,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import resident
+from test_training import digest
 
 from tinylm import folder as folders
 from tinylm.checkpoint import Run
@@ -38,14 +38,6 @@ TOKENS = Tokens.from_array(np.random.default_rng(0).integers(0, 16, 600), vocab=
 
 def new(data=TOKENS, out=None, valid=None, tracker=None, **changes):
     return train(Transformer(MODEL, rngs=1), data, CONFIG.replace(**changes), out=out, valid=valid, tracker=tracker)
-
-
-def digest(trainer) -> str:
-    """Of every bit of the training state."""
-    found = hashlib.sha256()
-    for name, value in sorted(trainer.tensors().items()):
-        found.update(name.encode() + np.ascontiguousarray(value).tobytes())
-    return found.hexdigest()
 
 
 @pytest.fixture(scope="module")
