@@ -94,7 +94,7 @@ WRONG_TRAIN = [
     ({"codec": "zip"}, "codec", "one of raw, planes"),
     ({"native": 1}, "native", "true or false"),
     ({"parallel": "model"}, "parallel", "one of none, data, fsdp"),
-    ({"steps_per_call": 0}, "steps_per_call", "at least 1"),
+    ({"steps_per_call": -1}, "steps_per_call", "negative"),
     ({"rates": (1, 2)}, "rates", "tuple of texts"),
     ({"rates": "embed"}, "rates", "write PATTERN=FACTOR"),
     ({"rates": "(=2"}, "rates", "write PATTERN=FACTOR"),

@@ -248,13 +248,16 @@ def test_drafts_of_a_smaller_model_are_taken_and_change_nothing(two_sizes, sampl
     small, large = two_sizes
     expected = written(large, speculate=0, threads=1, tokens=150, **sampling)
     engine = Engine(large, threads=1, draft=small)
-    for _ in range(2):  # the second time at a pace that was learnt
-        settings = {"temperature": 1.0, "seed": 4, "tokens": 150} | sampling
-        assert list(engine.ids(PROMPT, **settings)) == expected
+    settings = {"temperature": 1.0, "seed": 4, "tokens": 150} | sampling
     found = native.Counts()
-    native.library().tlm_session_counts(engine._core._idle[-1][1], found)
-    assert found.accepted > 0.8 * found.drafted > 50
-    assert found.passes < found.tokens - 50
+    for _ in range(300):  # whether drafts pay is a matter of measured times: a busy machine may think otherwise at first
+        assert list(engine.ids(PROMPT, **settings)) == expected
+        native.library().tlm_session_counts(engine._core._idle[-1][1], found)
+        if found.taken > 10:
+            break
+    assert found.taken > 10
+    assert found.taken > 0.9 * found.asked  # all but those behind a wrong guess of another kind
+    assert found.passes <= found.tokens - found.taken
 
 
 def test_a_model_for_drafts_needs_the_same_tokens(files, two_sizes, folder):

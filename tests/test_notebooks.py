@@ -106,6 +106,18 @@ def the_storyteller(text):
     assert text.count("True") == 2  # a stop changed no loss; the loaded model tells the same story
 
 
+def the_bits(text):
+    """Training in three values costs less than rounding to them; what is written holds them, and nothing else."""
+    afterwards = float(re.search(r"Rounded afterwards to ternary: ([+-][\d.]+)", text)[1])
+    trained = float(re.search(r"Trained so: ([+-][\d.]+) with the mean", text)[1])
+    int8, share = re.search(r"And the floats in int8: ([+-][\d.]+) in (\d+)% of them", text).groups()
+    assert trained < afterwards
+    assert abs(float(int8)) < 0.02
+    assert int(share) < 35
+    assert "with these weights: [(-1, 0, 1)]" in text
+    assert "the same numbers after loading: True" in text
+
+
 def the_memories(text):
     """A branch that is taken out takes its facts with it, and changes nothing elsewhere."""
     assert "every other log-probability is the same: True" in text
@@ -124,6 +136,7 @@ def the_engine(text):
 
 ANSWERS = {
     "01_train_a_storyteller": the_storyteller,
+    "02_one_point_five_eight_bits": the_bits,
     "04_memories": the_memories,
     "08_int8_on_a_cpu": the_engine,
 }

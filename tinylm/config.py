@@ -334,7 +334,8 @@ class TrainConfig(Config):
         budget: seconds of wall clock, compilation included; the schedule then follows the clock.
         batch: sequences per optimiser step.
         length: tokens per sequence; 0: the model's context.
-        steps_per_call: steps that run on the device in one go; more for models whose step is shorter than Python's.
+        steps_per_call: steps that run on the device in one go; changes no bit. 0: on a CPU as many as take half a
+            second, at most 8; else one.
         accumulate: the batch is computed in this many parts, one after the other.
         documents: attention and positions stay inside each document of a sequence, instead of running across.
         objective: "next_token", "mlm" (mask_rate of the positions hidden: 80% mask, 10% random, 10% kept), or "classes"
@@ -377,7 +378,7 @@ class TrainConfig(Config):
     budget: float = 0.0
     batch: int = 8
     length: int = 0
-    steps_per_call: int = 1
+    steps_per_call: int = 0
     accumulate: int = 1
     documents: bool = False
     objective: Objective = "next_token"
@@ -418,10 +419,10 @@ class TrainConfig(Config):
             raise ConfigError(f"TrainConfig: give exactly one of steps, tokens, budget (got {got})")
         for field in (
             "steps", "tokens", "budget", "length", "warmup", "stairs", "weight_decay", "memory_decay", "clip", "z_loss",
-            "eval_every", "save_every", "milestones", "seed",
+            "eval_every", "save_every", "milestones", "seed", "steps_per_call",
         ):  # fmt: skip
             self._require(getattr(self, field) >= 0, field, "must not be negative")
-        for field in ("batch", "steps_per_call", "accumulate", "log_every", "eval_batches", "keep"):
+        for field in ("batch", "accumulate", "log_every", "eval_batches", "keep"):
             self._require(getattr(self, field) >= 1, field, "must be at least 1")
         self._require(self.batch % self.accumulate == 0, "accumulate", f"must divide batch = {self.batch}")
         self._require(self.seed < 2**32, "seed", "must be below 2^32")

@@ -14,7 +14,7 @@ from tinylm.checkpoint import Run, StateMismatch, load
 from tinylm.config import ConfigError
 from tinylm.data import Batches
 from tinylm.shards import Tokens
-from tinylm.training import Step, Tracker, Trainer
+from tinylm.training import Step, Trainer
 
 
 def resume(

@@ -20,7 +20,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -423,3 +423,24 @@ def _finite(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return _finite(value.tolist())
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Tracker(Protocol):
+    """Where figures go besides run.jsonl: an adapter of three methods for any experiment tracker."""
+
+    def start(self, config: dict[str, Any]) -> None: ...
+    def log(self, record: dict[str, Any]) -> None: ...
+    def finish(self, outcome: str) -> None: ...
+
+
+class NoTracker:
+    """The tracker that keeps nothing."""
+
+    def start(self, config: dict[str, Any]) -> None:
+        """Called once, with the model's and the run's settings."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Called with every line of run.jsonl."""
+
+    def finish(self, outcome: str) -> None:
+        """Called with "done", "interrupted", "stopped" or "diverged"."""

@@ -112,7 +112,8 @@ def compiled_update(graph: Any, recipe: optim.Recipe, drops: bool, layout: Layou
     """The training step `(state, batches, rates, seed) -> (state, figures)`; the old state's buffers are reused.
 
     `batches` is a list of as many steps as are to be done in one call, in a loop on the device, `rates` their learning
-    rates; `figures` holds an array of one value per step. How many share a call changes no bit of any result.
+    rates; `figures` holds an array of one value per step. How many share a call changes no bit of any result. With
+    `count` only so many of the steps are done: one program for any number of them.
     With a `layout` the state stays where that puts it, and XLA shares the work out, which it cannot for native kernels.
     """
     plain = step_of(graph, dataclasses.replace(recipe, native=recipe.native and layout is None), drops)
@@ -122,9 +123,19 @@ def compiled_update(graph: Any, recipe: optim.Recipe, drops: bool, layout: Layou
         return (state, figures) if layout is None else (layout.keep(state), figures)
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state: State, batches: list[Batch], rates: jax.Array, seed: jax.Array):
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *batches)
-        return jax.lax.scan(lambda state, given: step(state, *given, seed, {}), state, (stacked, rates))
+    def update(state: State, batches: list[Batch], rates: jax.Array, seed: jax.Array, count: jax.Array | None = None):
+        given = jax.tree.map(lambda *x: jnp.stack(x), *batches), rates
+        one = lambda state, given: step(state, *given, seed, {})  # noqa: E731
+        if count is None:
+            return jax.lax.scan(one, state, given)
+        at = lambda i: jax.tree.map(lambda x: x[i], given)  # noqa: E731
+        room = jax.tree.map(lambda x: jnp.zeros((len(batches), *x.shape), x.dtype), jax.eval_shape(one, state, at(0))[1])
+
+        def body(i: jax.Array, so_far: tuple[State, dict]) -> tuple[State, dict]:
+            state, new = one(so_far[0], at(i))
+            return state, jax.tree.map(lambda values, value: values.at[i].set(value), so_far[1], new)
+
+        return jax.lax.fori_loop(0, count, body, (state, room))
 
     return update
 

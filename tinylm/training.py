@@ -21,17 +21,18 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from tinylm import optim
-from tinylm.checkpoint import Run, require_match
+from tinylm.checkpoint import require_match
 from tinylm.config import ConfigError, TrainConfig
 from tinylm.data import Batch, Batches, DataError, Tokens, alike, batches_of, picking
-from tinylm.model import Transformer
+from tinylm.model import Transformer, device
+from tinylm.run import NoTracker, Run, Tracker
 from tinylm.spread import anyone, gathered, layout, leads
 from tinylm.step import State, compiled_loss, compiled_update, spikes
 from tinylm.weights import assign, fixed, pure
@@ -76,28 +77,11 @@ class Step(NamedTuple):
         )
 
 
-class Tracker(Protocol):
-    """Where figures go besides run.jsonl: an adapter of three methods for any experiment tracker."""
-
-    def start(self, config: dict[str, Any]) -> None: ...
-    def log(self, record: dict[str, Any]) -> None: ...
-    def finish(self, outcome: str) -> None: ...
-
-
-class NoTracker:
-    """The tracker that keeps nothing."""
-
-    def start(self, config: dict[str, Any]) -> None:
-        """Called once, with the model's and the run's settings."""
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Called with every line of run.jsonl."""
-
-    def finish(self, outcome: str) -> None:
-        """Called with "done", "interrupted", "stopped" or "diverged"."""
-
-
 # --- the loop ---------------------------------------------------------------------------------------------------------
+
+# A CPU maps and clears a program's temporaries anew in every call: 15 to 25 percent of a step. So steps share calls, as
+# many as keep an interrupt waiting for half a second at most.
+CALL, MOST = 0.5, 8
 
 copies = jax.jit(functools.partial(jax.tree.map, jnp.copy))
 
@@ -173,6 +157,7 @@ class Trainer:
         self.graph, params = pure(model)
         self.recipe = optim.Recipe.of(config)
         self.layout = layout(config)
+        self._paced = not config.steps_per_call and self.layout is None and device()[0] == "cpu"
         self.update = compiled_update(self.graph, self.recipe, model.config.draws, self.layout)
         params = copies(params)  # the step reuses their buffers; the model keeps its own
         still = fixed(self.graph, params)
@@ -190,6 +175,7 @@ class Trainer:
         self._flying: collections.deque[tuple[int, float, int, Callable[[], dict]]] = collections.deque()
         self._rates: collections.deque[tuple[float, int]] = collections.deque()
         self._saved_at, self._save_cost, self._saved_step, self._looked = 0.0, 0.0, -1, 0
+        self._together = config.steps_per_call or 1
 
     # - asking -
 
@@ -232,7 +218,7 @@ class Trainer:
                     due = self._due(interrupt)
                     # At most two calls are in flight, so an interrupt waits for no more; what is due needs all of them
                     # landed, so that it sees the state of exactly this step.
-                    while len(self._flying) > (0 if due else sent):
+                    while len(self._flying) > (0 if due or self._paced else sent):
                         step = self._land()
                         yield self._note(step) if due and not self._flying else step
                 while self._flying:
@@ -249,9 +235,14 @@ class Trainer:
         count = len(batches)
         steps = range(self.step, self.step + count)
         rates = [optim.rate(self.config, step, share) for step, share in zip(steps, done, strict=True)]
-        given = np.array(rates, np.float32), np.uint32(self.config.seed)
-        self.state, figures = self.update(self.state, batches, *given)
+        room = MOST - count if self._paced else 0
+        given = np.array(rates + room * [0.0], np.float32), np.uint32(self.config.seed)
+        number, begun = (np.int32(count),) if self._paced else (), time.perf_counter()
+        self.state, figures = self.update(self.state, batches + room * batches[-1:], *given, *number)
         fetched = functools.cache(lambda: jax.device_get(figures))
+        if self._paced and fetched() and self._rates:  # the first call compiles, and says nothing of the speed
+            each = (time.perf_counter() - begun) / count
+            self._together = max(1, min(MOST, 2 * self._together, int(CALL / each)))
         self._flying += [(step + 1, rate, i, fetched) for i, (step, rate) in enumerate(zip(steps, rates, strict=True))]
         self.step += count
         return count
@@ -283,11 +274,11 @@ class Trainer:
         return picking(batch, self.config.mask_rate if self.config.objective == "mlm" else 1.0, parts)
 
     def _steps_together(self) -> int:
-        """At most `steps_per_call`, and not beyond a step after which something is due."""
-        ends = [self.config.log_every, self.config.eval_every] if self.config.steps_per_call > 1 else []
+        """As many as share a call, and not beyond a step after which something is due."""
+        ends = [self.config.log_every, self.config.eval_every] if self._together > 1 else []
         left = [every - self.step % every for every in ends if every]
         left += [self.config.until_milestone(self.step)] if self.config.milestones else []
-        return min([self.config.steps_per_call, *left, *([self.steps - self.step] if self.steps else [])])
+        return min([self._together, *left, *([self.steps - self.step] if self.steps else [])])
 
     def _due(self, interrupt: Interrupt) -> bool:
         """Whether the newest step is to be logged, validated or saved; here, and only here, it becomes the last one."""

@@ -28,7 +28,7 @@ from tinylm.memory.retrieval import memories
 from tinylm.resuming import resume
 from tinylm.step import State, compiled_loss
 from tinylm.store import StateMismatch
-from tinylm.training import Tracker, Trainer, create
+from tinylm.training import Trainer, create
 
 LEAST = 4  # rows that are exchanged at a time, padded to a power of two: few programs are compiled
 
@@ -85,6 +85,7 @@ class BankTrainer(Trainer):
         self._exchange = exchanger(tuple(self._columns()), depth)
         self._leaving: list[tuple[int, np.ndarray, np.ndarray, jax.Array]] = []
         self._inner, self.update = self.update, self._step_with_rows
+        self._paced = False  # every step more in a call wants more slots
 
     def _columns(self) -> list[tuple[int, int, int, int]]:
         """(leaf of the state, level, begin, end): where in a row each array of memories has its values."""

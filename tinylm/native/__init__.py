@@ -86,7 +86,7 @@ class Settings(c.Structure):
 class Counts(c.Structure):
     """tlm_counts."""
 
-    _fields_ = _named("passes tokens drafted accepted screened rescored", c.c_uint64)
+    _fields_ = _named("passes tokens drafted accepted asked taken screened rescored", c.c_uint64)
 
 
 _void, _int, _u64 = c.c_void_p, c.c_int32, c.c_uint64

@@ -269,6 +269,7 @@ int Generation::accept(Text& text, int32_t* tokens) {
             pace_.checked(text.kinds[i], right);
             counts.drafted++;
             counts.accepted += right;
+            if (text.kinds[i] == Pace::MODEL) counts.asked++, counts.taken += right;
         }
         if (model_.ends(token)) {
             text.ended = TLM_END_TOKEN;

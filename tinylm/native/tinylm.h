@@ -140,6 +140,7 @@ TLM_API int tlm_stop(tlm_session* session, int32_t sequence, char* error);
 typedef struct {
     uint64_t passes, tokens;      /* decoding passes of one or more sequences, and tokens they gave */
     uint64_t drafted, accepted;   /* by speculation */
+    uint64_t asked, taken;        /* of these, what a smaller model drafted */
     uint64_t screened, rescored;  /* tokens chosen by the screened head, and rows it computed exactly */
 } tlm_counts;
 TLM_API void tlm_session_counts(const tlm_session* session, tlm_counts* counts);
