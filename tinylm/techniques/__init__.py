@@ -11,6 +11,7 @@ with no knowledge of it. Parameters of a wrapped module are found under `<path>.
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import re
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,20 +23,17 @@ from flax import nnx
 from tinylm.config import Edit, suggest
 from tinylm.parts import Embedding, Linear
 
-BUILT_IN: dict[str, str] = {  # name -> file of this room, imported on first use
-    "ternary": "ternary",
+# A technique is in the file of its name, imported on first use; these are in another's.
+ELSEWHERE: dict[str, str] = {
     "identity": "ternary",
     "int8": "integer",
     "int4": "integer",
     "int2": "integer",
     "lsq": "integer",
-    "quantized": "quantized",
-    "memory": "memory",
     "memory_lora": "memory",
     "memory_kv": "memory",
-    "codebook": "codebook",
-    "mask": "mask",
 }
+FILES = frozenset(file.name for file in pkgutil.iter_modules(__path__))
 _known: dict[str, type[Technique]] = {}
 
 
@@ -99,11 +97,18 @@ def technique(name: str) -> Callable[[T], T]:
 
 def find(name: str) -> type[Technique]:
     """The class of a technique. Raises EditError for an unknown name."""
-    if name not in _known and name in BUILT_IN:
-        importlib.import_module(f"tinylm.techniques.{BUILT_IN[name]}")
+    if name not in _known and (file := ELSEWHERE.get(name, name)) in FILES:
+        importlib.import_module(f"tinylm.techniques.{file}")
     if name not in _known:
-        raise EditError(f"no technique is called {name!r}{suggest(name, sorted({*BUILT_IN, *_known}))}")
+        raise EditError(f"no technique is called {name!r}{suggest(name, built_in())}")
     return _known[name]
+
+
+def built_in() -> list[str]:
+    """The names of all techniques, those of one's own included; imports every file of this room."""
+    for file in sorted(FILES):
+        importlib.import_module(f"tinylm.techniques.{file}")
+    return sorted(_known)
 
 
 def modules(model: nnx.Module, path: str = "") -> Iterator[tuple[str, nnx.Module]]:

@@ -67,7 +67,10 @@ class Quantized(Rounding):
         norm_eps: float = 1e-5,
     ):
         require(type(levels) is int and 2 <= levels <= 2**16, "levels", levels, "must be 2 to 65536")
+        require(type(low) is int, "low", low, "must be a whole number")
         self.by_table = per == "table"
+        signed = affine or self.by_table or low < 0 < low + levels - 1 or (low, levels) == (-1, 2)
+        require(signed, "low", low, "symmetric codes need both signs, so a low below 0; or take affine=True")
         require(
             not (affine and (self.by_table or levels > 256)), "affine", affine, "needs scales and 256 levels at most"
         )

@@ -197,9 +197,7 @@ def stochastic(x: Array, scale: Array, low: int, high: int) -> Array:
     The draw is a hash of the weight's own bits and its place. A weight that moved, however little, draws anew, and no
     key is needed: training, evaluation and export see the same codes.
     """
-    place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, 1) * x.shape[2] + jax.lax.broadcasted_iota(
-        jnp.uint32, x.shape, 2
-    )
+    place = jnp.arange(x.size, dtype=jnp.uint32).reshape(x.shape)
     h = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32) ^ (place * jnp.uint32(0x9E3779B9))
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):  # murmur3's finaliser
         h = (h ^ (h >> shift)) * jnp.uint32(factor)
@@ -312,6 +310,8 @@ class Rounding(Technique):
         super().__init__(inner, rngs=rngs)
         good = per in ("tensor", "channel") or (type(per) is int and per > 0)
         require(good, "per", per, 'must be "tensor", "channel", or how many inputs share a scale')
+        real = type(norm_eps) in (int, float) and 0 <= norm_eps < 1
+        require(real, "norm_eps", norm_eps, "must be a number from 0 to 1")
         self.low, self.high, self.per = low, high, per
         self.inputs = one_of("activations", activations, INPUTS)
         made = NORMS[one_of("norm", norm, NORMS)]

@@ -10,6 +10,8 @@ that know nothing of it: dL/dx = g (scale codes), dL/dW = g' x_rounded.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tinylm.parts import RMSNorm
-from tinylm.techniques import EditError, Technique, edit, technique
+from tinylm.techniques import EditError, Technique, edit, modules, put, technique
 from tinylm.techniques.rounding import (
     Cells,
     Per,
@@ -110,6 +112,19 @@ class Identity(Technique):
         raise EditError("its norm is gone, and a plain block has one")
 
 
+@contextlib.contextmanager
+def all_or_none(model: Any) -> Iterator[None]:
+    """Undo every edit of a model that was made inside when something is raised there; weights that were set stay so."""
+    before, config = list(modules(model)), model.config
+    try:
+        yield
+    except BaseException:
+        for path, module in reversed(before):  # the outer ones first: what is inside of them is put into them again
+            put(model, path, module)
+        model.config = config
+        raise
+
+
 PRESETS: dict[str, dict[str, Any]] = {
     "faithful": {"placement": "layernorm", "scale": "median", "activations": "int8_128", "authors": True},
     "fixed": {"placement": "sub", "scale": "median", "activations": "int8"},
@@ -143,13 +158,15 @@ def bitnet(model: Any, preset: str = "fixed", *, tables: str = "full", rngs: Any
                 attention and MLP).
             activations: also "a4.8": BitNet a4.8's, int4 for what q, k, v, gate and up read, int8 of the larger half
                 for o and down.
-        tables: embedding (with a tied head) and head: "full", "int8" or "ternary", a scale per id.
+        tables: embedding (with a tied head) and head: "full", "int8" or "ternary", a scale per id; ternary ones take
+            the settings of weights (scale, ramp, stochastic, half) from the matrices.
 
     Returns:
         The model.
 
     Raises:
-        EditError: an unknown name or setting, or "inside" in a post-norm model, whose norms hold the stream itself.
+        EditError: an unknown name or setting, "inside" in a post-norm model, whose norms hold the stream itself, or
+        in one that is so already. The model is then as it was.
     """
     settings = {**PRESETS[one_of("preset", preset, PRESETS)], **changes}
     placement = one_of("placement", settings.pop("placement"), PLACEMENTS)
@@ -158,12 +175,14 @@ def bitnet(model: Any, preset: str = "fixed", *, tables: str = "full", rngs: Any
     require(not post, "placement", placement, 'a post-norm block has no norm in front to take out; take "sub"')
     before = settings.pop("activations")
     sorts = ("int4", "int8_half") if before == "a4.8" else (before, before)
-    for where, norm, activations in zip((READ, WRITE), PLACEMENTS[placement], sorts, strict=True):
-        own = {"norm": norm, "activations": activations, "norm_eps": model.config.norm_eps}
-        edit(model, where, "ternary", rngs=rngs, **own, **settings)
-    if placement == "inside":
-        edit(model, r"blocks\.\d+\.(attn|mlp)_norm", "identity", rngs=rngs)
-    if tables != "full":
-        more = {"scale": settings["scale"]} if tables == "ternary" else {}
-        edit(model, r"embed|head\.out", tables, rngs=rngs, per="channel", activations="none", **more)
+    of_weights = {name: settings[name] for name in ("scale", "ramp", "stochastic", "half") if name in settings}
+    with all_or_none(model):
+        for where, norm, activations in zip((READ, WRITE), PLACEMENTS[placement], sorts, strict=True):
+            own = {"norm": norm, "activations": activations, "norm_eps": model.config.norm_eps}
+            edit(model, where, "ternary", rngs=rngs, **own, **settings)
+        if placement == "inside":
+            edit(model, r"blocks\.\d+\.(attn|mlp)_norm", "identity", rngs=rngs)
+        if tables != "full":
+            more = of_weights if tables == "ternary" else {}
+            edit(model, r"embed|head\.out", tables, rngs=rngs, per="channel", activations="none", **more)
     return model
