@@ -250,7 +250,7 @@ def test_drafts_of_a_smaller_model_are_taken_and_change_nothing(two_sizes, sampl
     engine = Engine(large, threads=1, draft=small)
     settings = {"temperature": 1.0, "seed": 4, "tokens": 150} | sampling
     found = native.Counts()
-    for _ in range(300):  # whether drafts pay is a matter of measured times: a busy machine may think otherwise at first
+    for _ in range(300):  # whether drafts pay is a matter of measured times, which a busy machine blurs
         assert list(engine.ids(PROMPT, **settings)) == expected
         native.library().tlm_session_counts(engine._core._idle[-1][1], found)
         if found.taken > 10:

@@ -129,7 +129,8 @@ def compiled_update(graph: Any, recipe: optim.Recipe, drops: bool, layout: Layou
         if count is None:
             return jax.lax.scan(one, state, given)
         at = lambda i: jax.tree.map(lambda x: x[i], given)  # noqa: E731
-        room = jax.tree.map(lambda x: jnp.zeros((len(batches), *x.shape), x.dtype), jax.eval_shape(one, state, at(0))[1])
+        _, figures = jax.eval_shape(one, state, at(0))
+        room = jax.tree.map(lambda x: jnp.zeros((len(batches), *x.shape), x.dtype), figures)
 
         def body(i: jax.Array, so_far: tuple[State, dict]) -> tuple[State, dict]:
             state, new = one(so_far[0], at(i))

@@ -26,6 +26,7 @@ from tinylm.memory.clusters import MemoriesError
 from tinylm.memory.documents import require_nodes
 from tinylm.memory.retrieval import memories
 from tinylm.resuming import resume
+from tinylm.run import Tracker
 from tinylm.step import State, compiled_loss
 from tinylm.store import StateMismatch
 from tinylm.training import Trainer, create
