@@ -12,12 +12,14 @@ TEXT = (ROOT / "README.md").read_text()
 
 def test_the_tour_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    (tour,) = re.findall(r"```python\n(.*?)```", TEXT, re.S)
-    exec(compile(tour, "README.md", "exec"), {})
+    tour, technique = re.findall(r"```python\n(.*?)```", TEXT, re.S)
+    for part in (tour, technique):
+        exec(compile(part, "README.md", "exec"), {"__name__": "__main__"})
     said = capsys.readouterr().out
     assert re.search(r"loss \d\.\d+", said)
     assert "bits/byte [" in said
     assert re.search(r"\(1, \d+, \d+, \d+\)", said)
+    assert "'blocks.0.mlp.down.gain'" in said
 
 
 def test_both_commands_are_there():
