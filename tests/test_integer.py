@@ -51,6 +51,19 @@ def test_two_bits_use_all_four_codes_and_the_best_scale():
         assert lost(best) <= np.square(tried - w).sum() * 1.001
 
 
+@pytest.mark.parametrize("name", ["int4", "int8"])
+@pytest.mark.parametrize("law", ["uniform", "normal", "heavy"])
+def test_the_scale_of_least_squared_error_is_that_of_a_fine_search(name, law):
+    """Where the error has many minima, near the largest magnitude one is twice as large as the least."""
+    rng = np.random.default_rng(0)
+    draw = {"uniform": rng.uniform, "normal": rng.standard_normal, "heavy": lambda size: rng.standard_t(3, size)}[law]
+    w = draw(size=(64, 32)).astype(np.float32)
+    found, high = wrapped(name, w, per="tensor", scale="mse").rounded(), {"int4": 7, "int8": 127}[name]
+    tried = np.abs(w).max() / high * np.geomspace(0.05, 1.2, 300)
+    least = min(np.square(np.clip(np.round(w / s), -high, high) * s - w).sum() for s in tried)
+    assert np.square(np.asarray(found.dense()) - w).sum() <= 1.03 * least
+
+
 def test_gradients_of_a_learned_step_are_the_papers():
     """Esser et al. 2020, equations 3 and 5, and the gradient scale of section 2.2, weight by weight."""
     w, g = normal(12, 5) ** 3, normal(12, 5, seed=1)
@@ -101,6 +114,8 @@ def test_bits_per_code():
     np.testing.assert_array_equal(np.asarray(unpack(pack(digits, 3), 3, 1215)).reshape(-1, 5), digits)
     with pytest.raises(ValueError, match="codes from 0 to 3: must be 0 to 2"):
         pack(np.arange(4), 3)
+    with pytest.raises(ValueError, match="codes are float64: must be whole numbers"):
+        pack(np.full(4, 0.5), 3)
 
 
 # --- matrices that are their codes ------------------------------------------------------------------------------------
@@ -153,5 +168,10 @@ def test_zero_stays_zero_in_an_affine_range():
     assert np.abs(np.asarray(codes.dense()) - w).max() <= np.asarray(codes.scale).max() * 0.51
     with pytest.raises(EditError, match="affine = True: needs scales"):
         wrapped("quantized", w, per="table", affine=True)
-    with pytest.raises(EditError, match="levels = 1: must be 2"):
-        wrapped("quantized", w, levels=1)
+    for wrong, message in (
+        ({"levels": 1}, "levels = 1: must be 2"),
+        ({"low": 0, "levels": 16}, "low = 0: symmetric codes need both signs"),
+        ({"low": -1.5}, "low = -1.5: must be a whole number"),
+    ):
+        with pytest.raises(EditError, match=message):
+            wrapped("quantized", w, **wrong)

@@ -7,10 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tinylm.parts import Linear
 from tinylm.quantization.adaptive import adaround, gptq, nearest
+from tinylm.quantization.balance import aware
+from tinylm.quantization.calibration import Inputs
+from tinylm.quantization.codes import rounded, static_of
 from tinylm.quantization.ranges import RATIOS, affine, entropy, of_cells, rows, scales, spread
 from tinylm.quantization.sensitivity import allocate, hutchinson
-from tinylm.quantization.spec import QuantizationError
+from tinylm.quantization.spec import QuantizationError, Spec
 from tinylm.quantization.splitting import kmeans, kmeans_table, members, split, split_table
 
 
@@ -177,6 +181,46 @@ def test_kmeans_of_obvious_clusters():
     assert np.abs(table[codes] - values[:, None]).max() < 0.1
 
 
+@pytest.mark.parametrize("value", [0.0, -0.7])
+def test_a_table_of_equal_weights_has_two_values(value):
+    w = np.full((4, 3), value, np.float32)
+    for found in (kmeans_table, split_table):
+        table, codes = found(w, 2)
+        assert len(table) == 2
+        assert table[0] < table[1]
+        np.testing.assert_array_equal(table[codes], w)
+
+
+# --- scale moved, and inputs ---
+
+
+@pytest.mark.parametrize("settings", [{"affine": True}, {"affine": True, "per": 8}, {}])
+def test_awq_takes_the_power_that_is_best_for_the_codes_to_come(settings):
+    x, w = np.abs(normal(200, 24)) * np.geomspace(0.1, 10, 24), normal(24, 6) - 1
+    spec, hessian = Spec(bits=3, balance="awq", **settings), 2 * x.T @ x / len(x)
+    seen = Inputs(hessian, len(x), x.min(0), x.max(0), np.abs(x).mean(0), x)
+
+    def off(factor):
+        plain = Linear(24, 6)
+        plain.kernel.set_value(jnp.asarray(w * factor[:, None], jnp.float32))
+        return np.linalg.norm(x @ (np.asarray(rounded(plain, spec).weight()) / factor[:, None] - w))
+
+    tried = [seen.mean**a for a in np.linspace(0, 1, 21)]
+    best = min(off(s / np.sqrt(s.max() * s.min())) for s in tried)
+    assert off(aware([w], seen, spec)) == pytest.approx(best, rel=1e-4)
+    assert best < 0.9 * off(np.ones(24))
+
+
+def test_a_static_range_of_extremes_is_of_all_that_was_read():
+    """Not only of the rows that are kept."""
+    rows_kept = normal(10, 4)
+    seen = Inputs(np.eye(4), 99, np.full(4, -9.0), np.full(4, 30.0), np.ones(4), rows_kept)
+    assert static_of(seen, Spec(static="symmetric")) == (pytest.approx(30 / 127), 0)
+    assert static_of(seen, Spec(static="affine")) == (pytest.approx(39 / 255), round(9 / 39 * 255))
+    step, _ = static_of(seen, Spec(static="symmetric", static_range="percentile", percentile=100))
+    assert step == pytest.approx(np.abs(rows_kept).max() / 127)
+
+
 # --- shares of a budget -----------------------------------------------------------------------------------------------
 
 
@@ -195,6 +239,9 @@ def test_shares_are_the_best_of_all(seed):
     assert total(costs, picks) == pytest.approx(min(total(costs, p) for p in fitting))
     with pytest.raises(QuantizationError, match=f"take at least {least:,}"):
         allocate(sizes, costs, least - 1)
+    for wrong in (costs[:-1], [c[:-1] for c in costs], []):
+        with pytest.raises(QuantizationError, match="as many of the one as of the other"):
+            allocate(sizes, wrong, budget)
 
 
 def test_many_layers_take_a_moment():
@@ -218,7 +265,7 @@ def test_hutchinson_finds_the_trace_of_every_block():
         return 0.5 * x @ a @ x
 
     params = {name: jnp.asarray(rng.standard_normal(n), jnp.float32) for name, n in cut.items()}
-    found = hutchinson(loss, params, 200, jax.random.key(0))
+    found = jax.jit(lambda params: hutchinson(loss, params, 200, jax.random.key(0)))(params)
     assert float(found["one"]) == pytest.approx(float(jnp.trace(a[:120, :120])), rel=0.05)
     assert float(found["two"]) == pytest.approx(float(jnp.trace(a[120:, 120:])), rel=0.05)
 
@@ -232,8 +279,8 @@ def test_hutchinson_on_a_small_network():
         logits = jnp.tanh(x @ params["a"]) @ params["b"]
         return -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], 1).mean()
 
-    hessian = jax.hessian(loss)(params)
-    found = hutchinson(loss, params, 4000, jax.random.key(1))
+    hessian = jax.jit(jax.hessian(loss))(params)
+    found = jax.jit(lambda params: hutchinson(loss, params, 4000, jax.random.key(1)))(params)
     for name, p in params.items():
         exact = float(jnp.trace(hessian[name][name].reshape(p.size, p.size)))
         assert float(found[name]) == pytest.approx(exact, rel=0.05)

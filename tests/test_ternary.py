@@ -132,6 +132,9 @@ def test_stochastic_rounding_is_right_on_average_and_the_same_for_the_same_weigh
     moved = np.asarray(wrapped(w * np.float32(1 + 1e-6), stochastic=True).rounded().codes)
     assert (moved != codes).mean() > 0.1  # a weight that moved draws anew
     np.testing.assert_allclose(moved.mean(0), np.clip(w[0] / scale, -1, 1), atol=0.04)
+    groups = np.tile(normal(50, 20), (2, 1))  # the same weights twice, at different places
+    first, second = np.split(np.asarray(wrapped(groups, per=50, stochastic=True).rounded().codes), 2)
+    assert (first != second).mean() > 0.1
 
 
 @pytest.mark.parametrize("settings", [{}, {"per": "channel", "scale": "median"}, {"per": 16, "half": True}])
@@ -246,6 +249,11 @@ def test_norms_inside_take_the_place_of_the_blocks_own():
     np.testing.assert_array_equal(model.blocks[0].attn_norm(stream), stream)
     with pytest.raises(EditError, match=r"attn\.q: Ternary with a norm inside.*attn_norm: its norm is gone"):
         fold(model)
+    before, kept = model.config, list(named(model))
+    with pytest.raises(EditError, match="identity wraps RMSNorm"):
+        bitnet(model, placement="inside")  # a second time: its matrices were wrapped again before the norms failed
+    assert model.config == before
+    assert list(named(model)) == kept
     with pytest.raises(EditError, match="post-norm block has no norm in front"):
         bitnet(tinylm.Transformer(SMALL.replace(block="post")), placement="inside")
 
@@ -259,6 +267,9 @@ def test_tables_and_four_bit_activations():
     assert all(len(np.unique(np.abs(row))) <= 2 for row in table)  # of each id: 0 and one magnitude
     np.testing.assert_array_equal(model.embed(TOKENS), table[TOKENS])
     np.testing.assert_allclose(model.embed.rounded().dense(), table.T, rtol=1e-6)
+    ramped = bitnet(tinylm.Transformer(ONE), tables="ternary", ramp=9, half=True)
+    assert ramped.embed.ramp == ramped.blocks[0].mlp.up.ramp == 9
+    assert ramped.embed.half
     untied = bitnet(tinylm.Transformer(SMALL.replace(head="untied")), tables="int8")
     assert type(untied.head.out).__name__ == type(untied.embed).__name__ == "Int8"
 
@@ -269,6 +280,7 @@ def test_tables_and_four_bit_activations():
     ({"per": 0}, "per = 0: must be"),
     ({"activations": "int5"}, "activations = 'int5'"),
     ({"norm": "batch"}, "norm = 'batch'"),
+    ({"norm": "rmsnorm", "norm_eps": "a"}, "norm_eps = 'a': must be a number"),
     ({"ramp": -1}, "ramp = -1"),
     ({"per": "channel", "authors": True}, "authors=True means"),
     ({"scales": "mean"}, "ternary at blocks.0.attn.*scales"),
@@ -285,8 +297,8 @@ def test_settings_that_cannot_be(settings, message):
 # --- the authors' toy -------------------------------------------------------------------------------------------------
 
 
-def xor(scale, hidden, rate, seeds=16):
-    """Accuracies of nets of two ternary layers on XOR of two of four signs, after 1,000 steps of Adam."""
+def xor(scale, hidden, rates, seeds=16):
+    """(rates, seeds) accuracies of two ternary layers on XOR of two of four signs, after 1,000 steps of Adam."""
     bits = np.stack(np.meshgrid(*[(0, 1)] * 4), -1).reshape(-1, 4)  # all there are
     x, y = jnp.asarray(2.0 * bits - 1), jnp.asarray(bits[:, 0] ^ bits[:, 1])
     settings = {"scale": scale, "activations": "int8"}
@@ -295,15 +307,11 @@ def xor(scale, hidden, rate, seeds=16):
     def net(p, x):
         return bind(two, p[1])(jax.nn.relu(bind(one, p[0])(x)))
 
-    def start(key):
-        draws = lambda key, n, shape: jax.random.uniform(key, shape, minval=-(n**-0.5), maxval=n**-0.5)  # noqa: E731
-        keys = jax.random.split(key, 4).reshape(2, 2)
-        return tuple(
-            {"inner.kernel": draws(k[0], n, (n, m)), "inner.bias": draws(k[1], n, (m,))}
-            for k, (n, m) in zip(keys, ((4, hidden), (hidden, 2)), strict=True)
-        )
+    rng = np.random.default_rng(0)  # of NumPy, since JAX's draws take seconds to compile
+    draws = lambda n, *shape: rng.uniform(-(n**-0.5), n**-0.5, (seeds, *shape)).astype(np.float32)  # noqa: E731
+    starts = tuple({"inner.kernel": draws(n, n, m), "inner.bias": draws(n, m)} for n, m in ((4, hidden), (hidden, 2)))
 
-    def learned(key):
+    def learned(params, rate):
         adam = optax.adam(rate)
 
         def step(carry, _):
@@ -312,21 +320,21 @@ def xor(scale, hidden, rate, seeds=16):
             change, state = adam.update(jax.grad(nats)(params), state)
             return (optax.apply_updates(params, change), state), None
 
-        params = start(key)
         (params, _), _ = jax.lax.scan(step, (params, adam.init(params)), None, length=1000)
         return (net(params, x).argmax(-1) == y).mean()
 
-    return np.asarray(jax.jit(jax.vmap(learned))(jax.random.split(jax.random.key(0), seeds)))
+    every = jax.vmap(jax.vmap(learned, (0, None)), (None, 0))
+    return np.asarray(jax.jit(every)(starts, jnp.asarray(rates, jnp.float32)))
 
 
 def test_xor_with_two_inputs_of_noise():
     """The toy of the package of b1.58 Reloaded: the mean solves it with 8 hidden units; the median often stalls there
     (the authors' run at 86.8 percent), less often with twice the width, and not at ten times the rate."""
-    assert xor("mean", 8, 0.01).min() == 1.0
-    solved = [(xor("median", *settings) == 1.0).mean() for settings in ((8, 0.01), (16, 0.01), (8, 0.1))]
-    assert solved[0] < 0.8
-    assert solved[1] == 1.0
-    assert solved[2] == 1.0
+    assert xor("mean", 8, [0.01]).min() == 1.0
+    slow, fast = (xor("median", 8, [0.01, 0.1]) == 1.0).mean(1)
+    assert slow < 0.8
+    assert fast == 1.0
+    assert xor("median", 16, [0.01]).min() == 1.0
 
 
 # --- a model's life ---------------------------------------------------------------------------------------------------
@@ -342,13 +350,43 @@ LIVES = {
 
 
 @pytest.mark.parametrize("name", LIVES)
-def test_it_trains_saves_and_folds(name, tmp_path):
+def test_a_matrix_learns_through_its_rounding(name):
+    """Towards a matrix that it can be, from another one: the error of its outputs falls."""
     technique, settings = LIVES[name]
-    model = edit(tinylm.Transformer(ONE), BODY, technique, **settings)
-    assert find(technique).__name__ == type(model.blocks[0].attn.q).__name__
+    x, inner = jnp.asarray(normal(64, 16)), Linear(16, 8)
+    inner.kernel.set_value(jnp.asarray(normal(16, 8)))
+    aim = x @ find(technique)(inner, rngs=nnx.Rngs(0), **settings).weight()
+    inner.kernel.set_value(jnp.asarray(normal(16, 8, seed=1)))
+    graph, params = pure(find(technique)(inner, rngs=nnx.Rngs(0), **settings))
+    adam = optax.adam(0.03)
+
+    @jax.jit
+    def learned(params):
+        def step(carry, _):
+            lost, grads = jax.value_and_grad(lambda p: jnp.square(bind(graph, p)(x) - aim).mean())(carry[0])
+            change, state = adam.update(grads, carry[1])
+            return (optax.apply_updates(carry[0], change), state), lost
+
+        return jax.lax.scan(step, (params, adam.init(params)), None, length=150)[1]
+
+    losses = np.asarray(learned(params))
+    assert losses[-20:].mean() < 0.3 * losses[0]
+
+
+def test_a_model_trains_with_learned_steps():
+    model = edit(tinylm.Transformer(ONE), BODY, "lsq", bits=2)
+    before = np.asarray(model.blocks[0].mlp.up.log_step[...])
     trainer = train(model, counting, CONFIG)
     list(trainer)
     assert trainer.losses[-1] < 0.6 * trainer.losses[0]
+    assert np.abs(np.asarray(model.blocks[0].mlp.up.log_step[...]) - before).max() > 0.01
+
+
+@pytest.mark.parametrize("name", LIVES)
+def test_it_saves_and_folds(name, tmp_path):
+    technique, settings = LIVES[name]
+    model = edit(tinylm.Transformer(ONE), BODY, technique, **settings)
+    assert find(technique).__name__ == type(model.blocks[0].attn.q).__name__
     tinylm.save(model, tmp_path / "m")
     back = tinylm.load(tmp_path / "m")
     np.testing.assert_array_equal(back(TOKENS), model(TOKENS))

@@ -9,7 +9,9 @@ A model trained with "ternary", "int8", "int4", "int2" or "lsq" keeps its own co
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +20,7 @@ from flax import nnx
 from tinylm.config import Edit
 from tinylm.evaluation import evaluate
 from tinylm.parts import Embedding
-from tinylm.quantization.balance import balance
+from tinylm.quantization.balance import move_scale
 from tinylm.quantization.calibration import Inputs, batches_of, inputs_of
 from tinylm.quantization.codes import chosen_by, matrix_of, rounded, stored_bytes
 from tinylm.quantization.report import Report, Row
@@ -48,7 +50,7 @@ class Quantization(NamedTuple):
 
 def quantize(
     model: Any,
-    spec: str | Spec | list[Spec] | None = None,
+    spec: str | Spec | Iterable[str | Spec] | None = None,
     *,
     calibration: Any = None,
     text: Any = None,
@@ -59,29 +61,36 @@ def quantize(
     Args:
         model: a `Transformer`. Matrices whose technique has codes of its own keep exactly those, whatever the spec
             says; other techniques that are matrices are folded first.
-        spec: "int8", "int4", "int2", "ternary", or one or several `Spec`; None: only what has codes of its own.
-        calibration: texts, or token arrays (rows, length), for methods that look at inputs; and for errors of outputs.
+        spec: "int8", "int4", "int2", "ternary", a `Spec`, or several of these; None: only what has codes of its own.
+        calibration: texts, a file of them, or token arrays (rows, length), for methods that look at inputs; and for
+            errors of outputs.
         text: what `evaluate` reads: bits per byte before and after.
         settings: of `Spec`, instead of one: `quantize(model, bits=4, method="gptq", calibration=texts)`.
 
     Raises:
-        QuantizationError: nothing to quantize, or inputs that a method needs are missing. ConfigError: an impossible
-        spec. EditError: a technique around a matrix that no plain one can stand for.
+        QuantizationError: nothing to quantize, weights that are not finite, or inputs that a method needs are missing
+        or none. ConfigError: an impossible spec. EditError: a technique around a matrix that no plain one can stand
+        for. What `evaluate` raises of the text.
     """
+    if not isinstance(model, nnx.Module):
+        raise QuantizationError(f"model = {str(model)[:60]!r}: give a Transformer; of a trainer its .model")
     if settings and spec is not None:
         raise QuantizationError(f"give a spec, or settings of one ({', '.join(settings)}), not both")
-    specs = specs_of(spec) if spec is not None else (Spec(**settings),) if settings else ()
+    specs = specs_of(spec) if spec is not None else (Spec.from_dict(settings),) if settings else ()
     new, own, edits = _plain(model)
     chosen = chosen_by(new, specs) if specs else {}
     if not chosen and not own:
         raise QuantizationError('nothing to quantize: this model has no codes of its own; give a spec such as "int8"')
     needs = any(s.needs_data for _, s in chosen.values())
     batches = batches_of(calibration, new) if needs or calibration is not None else []
+    if text is not None and not isinstance(text, str | os.PathLike):
+        text = list(text)  # read twice
+    bits_before = None if text is None else evaluate(model, text).bits_per_byte
     notes, rows, found = [], dict[str, Row](), dict[str, Edit | dict]()
     at = lambda path: dict(modules(new))[path]  # noqa: E731
     if any(s.balance != "none" for _, s in chosen.values()):
         seen = inputs_of(new, batches, chosen)
-        left = balance(new, at, {path: s for path, (_, s) in chosen.items()}, seen)
+        left = move_scale(new, at, {path: s for path, (_, s) in chosen.items()}, seen)
         notes += [f"{path}: nothing in front of it can take its scale" for path in left]
     for path, (module, how) in own.items():
         put(new, path, module)
@@ -101,7 +110,7 @@ def quantize(
     order = [path for path, _ in modules(new) if path in rows]
     report = Report(
         rows=tuple(rows[path] for path in order), full=total(new) - kept, before=_dense(model), notes=tuple(notes),
-        bits_before=None if text is None else evaluate(model, text).bits_per_byte,
+        bits_before=bits_before,
         bits_after=None if text is None else evaluate(unpacked(new), text).bits_per_byte,
     )  # fmt: skip
     return Quantization(new, report)
@@ -111,17 +120,17 @@ def unpacked(model: Any) -> Any:
     """A copy that computes the same without unpacking codes in every forward pass: plain matrices where they will do.
 
     Matrices that round their inputs or have norms of their own stay packed. Where none is left, the copy is a plain
-    model, which runs in programs that were compiled for another of its shape.
+    model, which runs in programs that were compiled for another of its shape. It can be saved, as any model.
     """
-    new, kept = nnx.clone(model), 0
+    new, kept = nnx.clone(model), dict[str, dict]()
     for path, module in list(modules(new)):
         if isinstance(module, Quantized):
             if module.norm is None and module.inputs == "none" and not module.static:
                 put(new, path, module.fold())
             else:
-                kept += 1
-    if not kept:
-        new.config = new.config.replace(edits=tuple(e for e in new.config.edits if e.technique != "quantized"))
+                kept[path] = settings_of(module)
+    others = [e for e in new.config.edits if e.technique != "quantized"]
+    new.config = new.config.replace(edits=(*others, *_edits(kept)))
     return new
 
 
@@ -150,6 +159,8 @@ def frozen(module: Rounding) -> Quantized:
         raise EditError('authors=True adds the bias inside the scales, which no file can hold; train with "fixed"')
     codes, plain = module.rounded(), nnx.clone(root(module))
     matrix = codes.dense()
+    if not np.isfinite(matrix).all():
+        raise EditError("weights that are not finite; load a sound checkpoint")
     where = plain.table if isinstance(plain, Embedding) else plain.kernel
     where.set_value(matrix.T if isinstance(plain, Embedding) else matrix)
     made = Quantized(
@@ -206,7 +217,7 @@ def _row(name: str, how: str, made: Quantized, w: np.ndarray, seen: Inputs | Non
 
 
 def _dense(model: Any) -> int:
-    """Bytes of the model in float32, every matrix as large as what it stands for."""
+    """Bytes of the model in float32, every matrix as large as what it stands for, with its bias and norm."""
     total = 0
     inside = {path for path, m in modules(model) if isinstance(m, Rounding)}
     for name, value in named(model).items():
@@ -215,5 +226,6 @@ def _dense(model: Any) -> int:
     for path, module in modules(model):
         if path in inside:
             bias = getattr(module, "bias", None) if not isinstance(root(module), Embedding) else None
-            total += 4 * (module.weight().size + (0 if bias is None else bias[...].size))
+            norm = getattr(module.norm, "scale", None)
+            total += 4 * (module.weight().size + sum(x[...].size for x in (bias, norm) if x is not None))
     return total

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from tinylm.config import GATED
-from tinylm.parts import RMSNorm
-from tinylm.quantization.adaptive import nearest
+from tinylm.parts import Linear, RMSNorm
 from tinylm.quantization.calibration import Inputs
-from tinylm.quantization.ranges import of_cells, rows, scales, spread
+from tinylm.quantization.codes import approximated
 from tinylm.quantization.spec import Spec
+from tinylm.techniques import modules
 
 TRIES = np.linspace(0, 1, 21)
 
@@ -31,26 +31,26 @@ class Pair(NamedTuple):
 
 def pairs(model: Any, wanted: Mapping[str, Spec]) -> Iterator[Pair]:
     """Every place of a model where scale can move, all of whose readers are wanted."""
-    config, found = model.config, []
-    for i, block in enumerate(model.blocks):
+    config, found, plain = model.config, [], dict(modules(model))
+    for i in range(config.layers if config.block != "embbert" else 0):  # whose convolution reads the norm too
         here = f"blocks.{i}"
         if config.block != "post":  # after a post-norm the stream itself goes on
-            if isinstance(block.attn_norm, RMSNorm):
-                found.append(Pair(f"{here}.attn_norm", tuple(f"{here}.attn.{n}" for n in "qkv")))
-            if isinstance(block.mlp_norm, RMSNorm):
-                names = ("up", "gate") if config.mlp in GATED else ("up",)
-                found.append(Pair(f"{here}.mlp_norm", tuple(f"{here}.mlp.{n}" for n in names)))
+            names = ("up", "gate") if config.mlp in GATED else ("up",)
+            found.append(Pair(f"{here}.attn_norm", tuple(f"{here}.attn.{n}" for n in "qkv")))
+            found.append(Pair(f"{here}.mlp_norm", tuple(f"{here}.mlp.{n}" for n in names)))
         if config.kv_heads == config.heads:  # else several heads share a value
             found.append(Pair(f"{here}.attn.v", (f"{here}.attn.o",)))
         if config.mlp in GATED:
             found.append(Pair(f"{here}.mlp.up", (f"{here}.mlp.down",)))
     for pair in found:
+        if not isinstance(plain.get(pair.source), RMSNorm | Linear):
+            continue  # a technique: codes of its own stay as they are
         kinds = {(wanted[r].balance, wanted[r].alpha) if r in wanted else None for r in pair.readers}
         if None not in kinds and len(kinds) == 1 and next(iter(kinds))[0] != "none":
             yield pair
 
 
-def balance(model: Any, at: Any, wanted: Mapping[str, Spec], inputs: Mapping[str, Inputs]) -> list[str]:
+def move_scale(model: Any, at: Any, wanted: Mapping[str, Spec], inputs: Mapping[str, Inputs]) -> list[str]:
     """Move scale in place, wherever a spec asks for it and it can be done; the model computes the same as before.
 
     Args:
@@ -77,7 +77,7 @@ def scale_inputs(inputs: Mapping[str, Inputs], pair: Pair, factor: np.ndarray) -
     for reader in pair.readers:
         seen = inputs[reader]
         seen.hessian, seen.rows = seen.hessian / np.outer(factor, factor), seen.rows / factor.astype(np.float32)
-        seen.largest, seen.mean = seen.largest / factor, seen.mean / factor
+        seen.low, seen.high, seen.mean = seen.low / factor, seen.high / factor, seen.mean / factor
 
 
 def divide(source: Any, factor: np.ndarray) -> None:
@@ -101,10 +101,7 @@ def aware(matrices: list[np.ndarray], seen: Inputs, spec: Spec) -> np.ndarray:
         factor = bounded(factor / np.sqrt(factor.max() * factor.min()))
         lost = 0.0
         for w in matrices:
-            scaled = w * factor[:, None]
-            own = scales(rows(scaled, spec.per), spec.low, spec.low + spec.levels - 1, kind=spec.range)
-            own = spread(of_cells(own, spec.per, w.shape), spec.per, len(w))
-            off = nearest(scaled, own, 0, spec.low, spec.low + spec.levels - 1) * own / factor[:, None] - w
+            off = approximated(w * factor[:, None], spec) / factor[:, None] - w
             lost += float(np.sum(off * (seen.hessian @ off)))
         if lost < best:
             best, found = lost, factor

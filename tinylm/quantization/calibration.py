@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from tinylm.quantization.spec import QuantizationError
+from tinylm.reading import documents
 from tinylm.techniques import modules, put
 from tinylm.weights import bind, pure
 
@@ -26,15 +28,21 @@ class Inputs:
     Attributes:
         hessian: (inputs, inputs), 2 / tokens times the sum of x x', the second derivative of half the squared error of
             an output in the weights. tokens: how many.
-        largest, mean: (inputs,) of magnitudes.
-        rows: (at most `ROWS`, inputs) of them.
+        low, high: (inputs,) smallest and largest value. mean: (inputs,) of magnitudes.
+        rows: (tokens, inputs), some `ROWS` at most of what was read, drawn from all positions.
     """
 
     hessian: np.ndarray
     tokens: int
-    largest: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
     mean: np.ndarray
     rows: np.ndarray
+
+    @property
+    def largest(self) -> np.ndarray:
+        """(inputs,) of magnitudes."""
+        return np.maximum(-self.low, self.high)
 
 
 class _Spy(nnx.Module):
@@ -49,25 +57,42 @@ class _Spy(nnx.Module):
 
 
 def batches_of(calibration: Any, model: Any) -> list[np.ndarray]:
-    """Token batches (rows, length) from an array, several of them, or texts. Raises QuantizationError."""
+    """Token batches (rows, length) from an array, several of them, texts, or a file of them (see `documents`).
+
+    Raises QuantizationError for anything else, and for tokens that the model does not have.
+    """
+    wanted = "texts, a file of them, or token arrays (rows, length)"
     if calibration is None:
-        raise QuantizationError("this needs to see inputs: give calibration=, texts or token arrays (rows, length)")
-    if isinstance(calibration, str):
+        raise QuantizationError(f"this needs to see inputs: give calibration=, {wanted}")
+    if isinstance(calibration, str | os.PathLike):
+        calibration = documents(calibration)
+    elif hasattr(calibration, "ndim"):
         calibration = [calibration]
-    if hasattr(calibration, "ndim"):
-        calibration = [calibration]
+    if not isinstance(calibration, Iterable):
+        raise QuantizationError(f"calibration = {calibration!r}: give {wanted}")
     given = list(calibration)
     if given and all(isinstance(text, str) for text in given):
         given = list(_windows(given, model))
-    found = [np.asarray(batch, np.int32) for batch in given]
-    for batch in found:
-        if batch.ndim != 2 or not batch.size or batch.shape[1] > model.config.context:
-            raise QuantizationError(
-                f"calibration tokens have shape {batch.shape}: they must be (rows, at most {model.config.context})"
-            )
-    if not found:
-        raise QuantizationError("calibration is empty: give texts or token arrays (rows, length)")
-    return found
+    if not given:
+        raise QuantizationError(f"calibration is empty: give {wanted}")
+    return [_tokens(batch, model.config) for batch in given]
+
+
+def _tokens(batch: Any, config: Any) -> np.ndarray:
+    try:
+        tokens = np.asarray(batch)
+    except ValueError as error:
+        raise QuantizationError(f"calibration tokens are no array ({error})") from error
+    if tokens.ndim != 2 or not tokens.size or tokens.shape[1] > config.context:
+        raise QuantizationError(
+            f"calibration tokens have shape {tokens.shape}: they must be (rows, at most {config.context})"
+        )
+    if tokens.dtype.kind not in "iu" or tokens.min() < 0 or tokens.max() >= config.vocab:
+        span = "" if tokens.dtype.kind not in "iuf" else f" from {tokens.min()} to {tokens.max()}"
+        raise QuantizationError(
+            f"calibration tokens are {tokens.dtype}{span}: they must be whole numbers from 0 to {config.vocab - 1}"
+        )
+    return tokens.astype(np.int32)
 
 
 def _windows(texts: Sequence[str], model: Any) -> Iterable[np.ndarray]:
@@ -99,18 +124,17 @@ def inputs_of(model: Any, batches: Sequence[np.ndarray], paths: Iterable[str]) -
     wanted = {path for path in wanted if not hasattr(dict(modules(model))[path], "table")}
     keep = max(1, ROWS // len(batches))
     sums: dict[str, list[Any]] = {}
-    for batch in batches:
+    for number, batch in enumerate(batches):
         for path, x in run(params, jnp.asarray(batch)).items():
             x = np.asarray(x, np.float32)
-            magnitude = np.abs(x)
-            new = [x.T @ x, len(x), magnitude.max(0), magnitude.sum(0), [x[:: max(1, len(x) // keep)][:keep]]]
-            if path not in sums:
-                sums[path] = new
-            else:
-                old = sums[path]
-                sums[path] = [old[0] + new[0], old[1] + new[1], np.maximum(old[2], new[2]), old[3] + new[3]]
-                sums[path].append(old[4] + new[4])
+            # Drawn, since every so many tokens could be the same position of every row.
+            drawn = np.sort(np.random.default_rng(number).permutation(len(x))[:keep])
+            new = [x.T @ x, len(x), np.abs(x).sum(0), x.min(0), x.max(0), [x[drawn]]]
+            if (old := sums.get(path)) is not None:
+                added = [a + b for a, b in zip(old[:3], new[:3], strict=True)]
+                new = [*added, np.minimum(old[3], new[3]), np.maximum(old[4], new[4]), old[5] + new[5]]
+            sums[path] = new
     return {
-        path: Inputs(2 * square / n, n, top, total / n, np.concatenate(kept))
-        for path, (square, n, top, total, kept) in sums.items()
+        path: Inputs(2 * square / n, n, low, high, total / n, np.concatenate(kept))
+        for path, (square, n, total, low, high, kept) in sums.items()
     }

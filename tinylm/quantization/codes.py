@@ -36,7 +36,10 @@ def matrix_of(module: Any) -> np.ndarray:
 
 
 def chosen_by(model: Any, specs: Sequence[Spec]) -> dict[str, tuple[Any, Spec]]:
-    """Path -> plain matrix of a model and its spec: the last that matches. Raises QuantizationError for an idle one."""
+    """Path -> plain matrix of a model and its spec: the last that matches.
+
+    Raises QuantizationError for a spec that matches nothing, and for weights that are not finite.
+    """
     able = {path: m for path, m in modules(model) if isinstance(m, Linear | Embedding)}
     found: dict[str, tuple[Any, Spec]] = {}
     for spec in specs:
@@ -44,6 +47,8 @@ def chosen_by(model: Any, specs: Sequence[Spec]) -> dict[str, tuple[Any, Spec]]:
         if not matched:
             raise QuantizationError(f"no matrix matches {spec.where!r}{suggest(spec.where.replace(chr(92), ''), able)}")
         found |= {path: (able[path], spec) for path in matched}
+    if bad := [path for path, (module, _) in found.items() if not np.isfinite(matrix_of(module)).all()]:
+        raise QuantizationError(f"weights that are not finite: {', '.join(bad)}; load a sound checkpoint")
     return {path: found[path] for path in able if path in found}  # in the model's order
 
 
@@ -57,23 +62,14 @@ def rounded(module: Any, spec: Spec, seen: Inputs | None = None) -> Quantized:
     if needs and seen is None:
         raise QuantizationError(f"method = {spec.method!r} needs what a matrix reads, and an embedding reads ids")
     if spec.by_table:
-        function = splitting.split_table if spec.method == "split" else splitting.kmeans_table
-        table, codes = function(w, int(spec.bits))
+        table, codes = tabled(w, spec)
         made = Quantized(
             bare(module), rngs=nnx.Rngs(0), low=0, levels=len(table), per="table", **_inputs_settings(spec)
         )
         made.put(codes, table=table)
     else:
-        low, high, zero = spec.low, spec.low + spec.levels - 1, None
-        cells = rows(w, spec.per)
-        settings = {"kind": spec.range, "percentile": spec.percentile, "half": spec.half}
-        if spec.affine:
-            scale, zero = affine(cells, spec.levels, **settings)
-        else:
-            scale = scales(cells, low, high, **settings)
-        per_cell = [of_cells(x, spec.per, w.shape) for x in ((scale,) if zero is None else (scale, zero))]
-        wide = [spread(x, spec.per, len(w)) for x in per_cell]
-        given = (w, wide[0], wide[1] if zero is not None else 0.0, low, high)
+        per_cell, *grid = gridded(w, spec)
+        given = (w, *grid)
         if spec.method == "gptq":
             codes = adaptive.gptq(*given, seen.hessian)  # type: ignore[union-attr]
         elif spec.method == "adaround":
@@ -81,25 +77,50 @@ def rounded(module: Any, spec: Spec, seen: Inputs | None = None) -> Quantized:
         else:
             codes = adaptive.nearest(*given)
         made = Quantized(
-            bare(module), rngs=nnx.Rngs(0), low=low, levels=spec.levels, per=spec.per, affine=spec.affine,
+            bare(module), rngs=nnx.Rngs(0), low=spec.low, levels=spec.levels, per=spec.per, affine=spec.affine,
             half=spec.half, **_inputs_settings(spec),
         )  # fmt: skip
         made.put(codes, *per_cell)
     if spec.static:
-        step, zero = static_of(seen.rows, spec)  # type: ignore[union-attr]
+        step, zero = static_of(seen, spec)  # type: ignore[arg-type]
         made.step.set_value(jnp.full(1, step, jnp.float32))
         if made.offset is not None:
             made.offset.set_value(jnp.full(1, zero, jnp.float32))
     return made
 
 
+def gridded(w: np.ndarray, spec: Spec) -> tuple[list[np.ndarray], np.ndarray, np.ndarray | float, int, int]:
+    """Scales (and zeros) cell by cell, then `scale, zero, low, high` as `adaptive.nearest` takes them."""
+    low, high, cells = spec.low, spec.low + spec.levels - 1, rows(w, spec.per)
+    settings = {"kind": spec.range, "percentile": spec.percentile, "half": spec.half}
+    found = affine(cells, spec.levels, **settings) if spec.affine else (scales(cells, low, high, **settings),)
+    per_cell = [of_cells(x, spec.per, w.shape) for x in found]
+    scale, zero = (*(spread(x, spec.per, len(w)) for x in per_cell), 0.0)[:2]
+    return per_cell, scale, zero, low, high
+
+
+def tabled(w: np.ndarray, spec: Spec) -> tuple[np.ndarray, np.ndarray]:
+    """Values and codes."""
+    return (splitting.split_table if spec.method == "split" else splitting.kmeans_table)(w, int(spec.bits))
+
+
+def approximated(w: np.ndarray, spec: Spec) -> np.ndarray:
+    """The matrix as it is when every weight goes to the nearest value that a spec has for it."""
+    if spec.by_table:
+        table, codes = tabled(w, spec)
+        return table[codes]
+    _, scale, zero, low, high = gridded(w, spec)
+    return (adaptive.nearest(w, scale, zero, low, high) - zero) * scale
+
+
 def _inputs_settings(spec: Spec) -> dict[str, Any]:
     return {"activations": spec.activations, "static": spec.static}
 
 
-def static_of(x: np.ndarray, spec: Spec) -> tuple[float, float]:
+def static_of(seen: Inputs, spec: Spec) -> tuple[float, float]:
     """The step, and the zero, of int8 inputs."""
-    cells = x.reshape(1, -1).astype(np.float64)
+    ends = np.array([seen.low.min(), seen.high.max()])  # of all that was read, of which the rows are a part
+    cells = (ends if spec.static_range == "max" else seen.rows).reshape(1, -1).astype(np.float64)
     settings = {"kind": spec.static_range, "percentile": spec.percentile}
     if spec.static == "affine":
         step, zero = affine(cells, 256, **settings)
@@ -114,10 +135,11 @@ def bare(module: Any) -> nnx.Module:
 
 def measured(module: Any, spec: Spec) -> Measured:
     """What rounding to nearest would come to, without making anything of it."""
-    made = rounded(module, spec.replace(method="nearest") if not spec.by_table else spec)
+    made = rounded(module, spec.replace(method=spec.method if spec.by_table else "nearest", static=""))
     w = matrix_of(module)
     off = np.asarray(made.matrix(), np.float64) - w
-    return Measured(stored_bytes(made), w.size, float(np.sum(off * off)))
+    static = {"": 0, "symmetric": 4, "affine": 8}[spec.static]
+    return Measured(stored_bytes(made) + static, w.size, float(np.sum(off * off)))
 
 
 def stored_bytes(made: Quantized) -> int:

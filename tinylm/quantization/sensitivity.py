@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.flatten_util import ravel_pytree
 
 from tinylm import ops
 from tinylm.quantization.calibration import batches_of
@@ -28,12 +29,10 @@ def hutchinson(loss: Callable[[Any], jax.Array], params: Any, probes: int, key: 
 
     One product with the whole Hessian serves all leaves: what other leaves add has mean zero.
     """
-    leaves, shape = jax.tree.flatten(params)
+    flat, shaped = ravel_pytree(params)
 
     def probe(key: jax.Array) -> Any:
-        keys = jax.random.split(key, len(leaves))
-        signs = [jax.random.rademacher(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
-        v = jax.tree.unflatten(shape, signs)
+        v = shaped(jax.random.rademacher(key, flat.shape, flat.dtype))  # one draw: each takes a second to compile
         return jax.tree.map(jnp.vdot, v, jax.jvp(jax.grad(loss), (params,), (v,))[1])
 
     traces = jax.lax.map(probe, jax.random.split(key, probes))
@@ -54,9 +53,19 @@ def traces(model: Any, calibration: Any, *, probes: int = 16, seed: int = 0) -> 
     """Estimated trace of the Hessian of the mean cross-entropy (nats per next token) in every matrix of a decoder.
 
     Args:
-        calibration: texts or token arrays (rows, length). probes: random vectors per batch; the error falls with their
-            square root.
+        calibration: as of `quantize`; batches count by their tokens. probes: random vectors per batch; the error
+            falls with their square root.
+
+    Raises:
+        QuantizationError: a model that predicts no next token, or rows of a single token.
     """
+    if model.config.kind != "decoder" or model.config.head not in ("tied", "untied"):
+        raise QuantizationError("only a model that predicts next tokens has this loss: give mixed(..., sensitivity=)")
+    if type(probes) is not int or probes < 1:
+        raise QuantizationError(f"probes = {probes!r}: must be a whole number from 1 on")
+    batches = batches_of(calibration, model)
+    if any(batch.shape[1] < 2 for batch in batches):
+        raise QuantizationError("calibration has rows of a single token, which has no next one")
     graph, params = pure(model)
     matrices = {n: p for n, p in params.items() if n.rpartition(".")[2] in ("kernel", "table")}
     rest = {n: p for n, p in params.items() if n not in matrices}
@@ -69,10 +78,12 @@ def traces(model: Any, calibration: Any, *, probes: int = 16, seed: int = 0) -> 
 
         return hutchinson(loss, matrices, probes, key)
 
-    batches = batches_of(calibration, model)
+    keys = jax.random.split(jax.random.key(seed), len(batches))
     with ops.plain():  # native kernels have no second derivative
-        found = [estimate(matrices, jnp.asarray(b), jax.random.key(seed + i)) for i, b in enumerate(batches)]
-    return {name.rpartition(".")[0]: float(np.mean([f[name] for f in found])) for name in matrices}
+        found = [estimate(matrices, jnp.asarray(b), key) for b, key in zip(batches, keys, strict=True)]
+    predicted = [b[:, 1:].size for b in batches]
+    mean = {name: float(np.average([f[name] for f in found], weights=predicted)) for name in matrices}
+    return {name.rpartition(".")[0]: trace for name, trace in mean.items()}
 
 
 def allocate(sizes: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], budget: int) -> list[int]:
@@ -85,8 +96,14 @@ def allocate(sizes: Sequence[Sequence[int]], costs: Sequence[Sequence[float]], b
         sizes: bytes of every choice of every item, whole numbers. costs: likewise, finite.
 
     Raises:
-        QuantizationError: even the smallest choices do not fit.
+        QuantizationError: even the smallest choices do not fit, or there is no such table of sizes and costs.
     """
+    if [len(s) for s in sizes] != [len(c) for c in costs] or not all(len(s) for s in sizes):
+        raise QuantizationError("sizes and costs: every item needs as many of the one as of the other, one or more")
+    if not all(np.isfinite(c).all() for c in costs):
+        raise QuantizationError("costs that are not finite: are the sensitivities?")
+    if not isinstance(budget, int | np.integer):
+        raise QuantizationError(f"budget = {budget!r}: must be a whole number of bytes")
     least = sum(min(s) for s in sizes)
     if least > budget:
         raise QuantizationError(f"budget = {budget:,} bytes: these matrices take at least {least:,}")
@@ -126,15 +143,23 @@ def mixed(
         calibration: as of `traces`. base: everything but the bits. sensitivity: what `traces` gave, if it is known.
 
     Returns:
-        One spec per number of bits that is used, for `quantize`. Raises QuantizationError when the budget is too small.
+        One spec per number of bits that is used, for `quantize`.
+
+    Raises:
+        QuantizationError: a budget that is too small, no bits to choose from, or a matrix without a sensitivity.
     """
     from tinylm.quantization.codes import chosen_by, measured
 
     base = base or Spec()
-    found = sensitivity if sensitivity is not None else traces(model, calibration, probes=probes)
     options = [base.replace(bits=float(b)) for b in bits]
+    chosen = chosen_by(model, (base,))
+    if not options:
+        raise QuantizationError("bits is empty: give numbers of bits to choose from")
+    found = sensitivity if sensitivity is not None else traces(model, calibration, probes=probes)
+    if missing := [path for path in chosen if path not in found]:
+        raise QuantizationError(f"sensitivity lacks {', '.join(missing)}: give what traces(model, ...) gives")
     paths, sizes, costs = [], [], []
-    for path, (module, _) in chosen_by(model, (base,)).items():
+    for path, (module, _) in chosen.items():
         tried = [measured(module, option) for option in options]
         weight = max(found[path], 0.0) / tried[0].weights
         paths.append(path)

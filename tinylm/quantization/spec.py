@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from tinylm.config import Config, ConfigError, suggest
@@ -35,7 +37,7 @@ class Spec(Config):
         alpha: of smoothquant: how much is moved, 0 to 1.
         activations: dynamic rounding of the inputs, token by token: "none", "int8" or "int4".
         static: "symmetric" or "affine": int8 inputs with one step for all tokens instead, found on calibration text.
-        static_range: where that comes from, as `range`.
+        static_range: where that comes from, as `range`: "max" of all the text, others of at most 1,024 of its tokens.
         half: scales are stored as float16.
     """
 
@@ -55,6 +57,10 @@ class Spec(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        try:
+            re.compile(self.where)
+        except re.error as error:
+            self._require(False, "where", f"is no regular expression ({error})")
         self._require(self.bits in BITS, "bits", f"must be one of {', '.join(map(str, BITS))}")
         named = self.per in ("tensor", "channel")
         good = named or (type(self.per) is int and self.per > 0)
@@ -97,10 +103,19 @@ SPECS: dict[str, dict[str, Any]] = {
 }
 
 
-def specs_of(spec: str | Spec | list[Spec] | tuple[Spec, ...]) -> tuple[Spec, ...]:
-    """A spec by name, or one or several of them, as a tuple. Raises ConfigError for an unknown name."""
-    if isinstance(spec, str):
-        if spec not in SPECS:
-            raise ConfigError(f"no quantization is called {spec!r}{suggest(spec, list(SPECS))}")
-        return (Spec(**SPECS[spec]),)
-    return (spec,) if isinstance(spec, Spec) else tuple(spec)
+def specs_of(spec: str | Spec | Iterable[str | Spec]) -> tuple[Spec, ...]:
+    """A spec or its name, or several of them, as a tuple.
+
+    Raises ConfigError for an unknown name, QuantizationError for what is neither.
+    """
+    several = [spec] if isinstance(spec, str | Spec) else spec
+    if isinstance(several, Mapping) or not isinstance(several, Iterable):
+        several = [several]
+    found = []
+    for one in several:
+        if isinstance(one, str) and one not in SPECS:
+            raise ConfigError(f"no quantization is called {one!r}{suggest(one, list(SPECS))}")
+        if not isinstance(one, str | Spec):
+            raise QuantizationError(f"spec = {one!r}: give {', '.join(SPECS)}, a Spec, or a list of them")
+        found.append(Spec(**SPECS[one]) if isinstance(one, str) else one)
+    return tuple(found)

@@ -49,7 +49,7 @@ def members(values: np.ndarray, parts: int = 3) -> np.ndarray:
 
 def kmeans_table(w: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """(levels,) float32 values, and the code (inputs, outputs) of the nearest one: 2^bits values per tensor."""
-    table = np.unique(kmeans(w, 2**bits).astype(np.float32))
+    table = enough(np.unique(kmeans(w, 2**bits).astype(np.float32)))
     return table, nearest_of(w, table)
 
 
@@ -67,9 +67,12 @@ def split_table(w: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
             codes = np.clip(np.round(kept / scale[0]) + zero[0], 0, 2**bits - 1)
             total += ((codes - zero[0]) * scale[0]).astype(np.float32)  # zeros elsewhere are zeros still
     table, codes = np.unique(total, return_inverse=True)
-    if len(table) == 1:
-        table = np.append(table, table[0] + 1)  # a code needs two levels
-    return table, codes.reshape(w.shape)
+    return enough(table), codes.reshape(w.shape)
+
+
+def enough(table: np.ndarray) -> np.ndarray:
+    """A table with at least two values, which a code needs: a matrix of equal weights has one."""
+    return table if len(table) > 1 else np.append(table, np.nextafter(table[0], np.float32(np.inf)))
 
 
 def nearest_of(w: np.ndarray, table: np.ndarray) -> np.ndarray:

@@ -20,6 +20,8 @@ from typing import Any
 import numpy as np
 
 from tinylm.config import TrainConfig
+from tinylm.quantization.spec import QuantizationError
+from tinylm.techniques.ternary import all_or_none
 from tinylm.training import Trainer, train
 
 
@@ -42,15 +44,17 @@ def switch(
         out: a new run folder.
 
     Raises:
-        What `change` raises; then neither model nor trainer are changed. FileExistsError: `out` holds something.
+        What `change` and `train` raise: FileExistsError where `out` holds something. QuantizationError: `change` gave
+        another model. The model is then as it was, and the trainer can go on.
     """
     trainer.sync()
-    old = trainer.tensors()
-    if change is not None:
-        change(trainer.model)
-    config = config or trainer.config
-    new = train(trainer.model, trainer.batches, config, valid=trainer.valid, out=out, tracker=trainer.tracker)
-    new.adopt(carry(old, new.tensors(), keep_optimizer=keep_optimizer), trainer.seconds)
+    old, model = trainer.tensors(), trainer.model
+    with all_or_none(model):
+        if change is not None and (changed := change(model)) is not None and changed is not model:
+            raise QuantizationError("change gave another model: it has to edit the one it is given, in place")
+        config = config or trainer.config
+        new = train(model, trainer.batches, config, valid=trainer.valid, out=out, tracker=trainer.tracker)
+        new.adopt(carry(old, new.tensors(), keep_optimizer=keep_optimizer), trainer.seconds)
     new.valid_bytes, new.history, new.losses = trainer.valid_bytes, list(trainer.history), list(trainer.losses)
     new.watched = dict(trainer.watched)
     return new

@@ -84,10 +84,16 @@ class Watched:
             raise QuantizationError('no matrix of this model has codes: edit(model, ..., "ternary") gives it some')
 
     def look(self, step: int | None = None) -> dict[str, Look]:
-        """Take the codes as they are now; what came of it, by path. `step` defaults to the trainer's."""
+        """Take the codes as they are now; what came of it, by path. `step` defaults to the trainer's.
+
+        Raises QuantizationError where other matrices have codes than before.
+        """
         step = getattr(self.source, "step", len(next(iter(self.history.values()), []))) if step is None else step
-        new = {}
-        for path, (codes, scale, *_) in look(self.source).items():
+        new, found = {}, look(self.source)
+        if self.history and set(found) != set(self.history):
+            changed = ", ".join(sorted(set(found) ^ set(self.history)))
+            raise QuantizationError(f"matrices began or ceased to have codes ({changed}): make another Watched")
+        for path, (codes, scale, *_) in found.items():
             signs = np.sign(codes).astype(np.int8)
             if path not in self.history:
                 self.history[path], self._first[path] = [], scale
@@ -131,9 +137,9 @@ class Watched:
             zeros, changed, flipped, drift = self._mean(own)[-1, 1:]
             rows.append([name, *(f"{100 * v:.2f} %" for v in (zeros, changed, flipped)), f"{np.exp(drift):.2f}"])
         title = f"codes at step {steps[-1]:,}; changes since the look before, scales since the first"
-        grid = table(rows, ["matrix", "zero", "changed", "sign flipped", "scale, times"], title)
+        grid = table(rows, ["matrix", "zero", "changed", "sign flipped", "scale, factor"], title)
         drawn = chart(codes, y_label="percent of the codes", x_label="steps", log_x=False)
-        drifted = chart(scales[:LINES], y_label="scale, times its first", x_label="steps", log_x=False)
+        drifted = chart(scales[:LINES], y_label="scale moved, factor", x_label="steps", log_x=False)
         return Picture(framed(drawn, drifted, Markup(grid.html)), grid.text)
 
     def _mean(self, paths: list[str]) -> np.ndarray:

@@ -31,6 +31,8 @@ def size(levels: int, count: int) -> int:
 def pack(codes: np.ndarray | Array, levels: int) -> np.ndarray:
     """(bytes,) uint8. Raises ValueError for a code that is none."""
     flat = np.asarray(codes).reshape(-1)
+    if len(flat) and flat.dtype.kind not in "iu":
+        raise ValueError(f"codes are {flat.dtype}: must be whole numbers")
     if not 2 <= levels <= 2**16:
         raise ValueError(f"levels = {levels}: must be 2 to 65536")
     if len(flat) and not (flat.min() >= 0 and flat.max() < levels):
