@@ -197,7 +197,7 @@ def test_stopping_and_going_on_repeats_the_whole(data, reference, every_step, fo
     go = (lambda f: f.run()) if form == "run" else waited
     trainer = go(fit(*new(data), valid=data, floor=0.25, view=at(11, ASK[outcome])))
     assert trainer.outcome == outcome
-    assert 11 <= trainer.step <= 13
+    assert 11 <= trainer.step <= 11 + trains.MOST
     assert len(trainer.losses) == trainer.step
     assert np.isfinite(np.asarray(trainer.model(jax.numpy.zeros((1, 4), int)))).all()
     view = Recorder()

@@ -4,19 +4,24 @@ import re
 import tomllib
 
 import promises
+import pytest
 
 ROOT = promises.TESTS.parent
 
 
-def test_every_promise_is_asserted():
-    held = promises.asserting()
+@pytest.fixture(scope="module")
+def held():
+    return promises.asserting()
+
+
+def test_every_promise_is_asserted(held):
     assert set(held) == set(promises.PROMISES) == set(range(1, 31))
     for number, tests in held.items():
         assert len(set(tests)) == len(tests)
         assert any(not slow for *_, slow in tests) or number == 19, f"P{number} is asserted by slow tests alone"
 
 
-def test_every_tag_is_read():
+def test_every_tag_is_read(held):
     """A tag in another place or form would count for nothing."""
     tags = re.compile(r"# P\d+(, P\d+)*$", re.MULTILINE)
     written = sum(
@@ -24,10 +29,11 @@ def test_every_tag_is_read():
         for p in promises.TESTS.glob("test_*.py")
         for tag in tags.finditer(p.read_text())
     )
-    assert written == sum(map(len, promises.asserting().values()))
+    assert written == sum(map(len, held.values()))
 
 
-def test_the_table_in_readme_is_the_tests():
+def test_the_table_in_readme_is_the_tests(held, monkeypatch):
+    monkeypatch.setattr(promises, "asserting", lambda: held)
     assert promises.README.read_text(encoding="utf-8") == promises.written(), "python tests/promises.py --write"
 
 

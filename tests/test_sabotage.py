@@ -182,6 +182,10 @@ SABOTAGES = {
         "store:_read", [("if digest.hexdigest().encode() != head[SLOT]:", "if False:")],
         lambda m: test_store.test_three_thousand_damaged_files_are_all_refused(m.path),
     ),
+    "P4 changed settings are believed": (
+        "folder:require_unchanged", [("if seal_broken(config):", "if False:")],
+        lambda m: test_loading.test_every_changed_bit_of_a_run_s_settings_is_found(m.tmp_path),
+    ),
     "P4 names of checkpoints are believed": (
         "run:Run._check_step", [('if metadata.get("step") != step:', "if False:")],
         lambda m: test_run.test_a_renamed_checkpoint_is_not_believed(m.run),
@@ -200,6 +204,10 @@ SABOTAGES = {
     "P7 no lock": (
         "folder:Lock.__init__", [("fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass")],
         lambda m: test_run.test_reading_needs_no_lock_and_writing_needs_it(m.run),
+    ),
+    "P7 a replaced lock is believed": (
+        "folder:Lock.require", [("if not os.path.samestat", "if False and not os.path.samestat")],
+        lambda m: test_loading.test_a_deleted_lock_leaves_one_writer(m.tmp_path),
     ),
     "P8 deleted before the new one is there": (
         "run:Run.save", [("self._sync_log()", "self._sync_log(); [os.unlink(self.path(s)) for s in self.steps()]")],
@@ -273,6 +281,14 @@ SABOTAGES = {
     "P27 no checksums of the engine's file": (
         "engine.file:read", [("crc32c(data[CHECKED:]) != crc or digest.digest() != begin[CHECKED:HASHED]", "False")],
         lambda m: test_engine_file.test_every_damaged_byte_is_found(m.sound, m.tmp_path),
+    ),
+    "P27 whatever is there is read to its end": (
+        "shards:regular", [("if not stat.S_ISREG(status.st_mode):", "if False:"), ("stream.read()", "stream.read(9)")],
+        lambda m: test_loading.test_what_hangs_or_never_ends_is_refused_at_once(test_loading.endless, m.tmp_path),
+    ),
+    "P28 a link is written through": (
+        "folder:Lock.__init__", [("| os.O_NOFOLLOW", "")],
+        lambda m: test_loading.test_a_writer_follows_no_link_out_of_its_folder(m.tmp_path),
     ),
     "P28 a neighbour is read": (
         "folder:read_config",

@@ -70,7 +70,9 @@ values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats(allo
 @given(st.dictionaries(names, arrays, max_size=5), st.dictionaries(st.text(), values, max_size=3))
 def test_any_arrays_and_metadata_come_back(tmp_path_factory, tensors, metadata):
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
-    write_file(path, tensors, metadata)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # no waiting for the disk
+        write_file(path, tensors, metadata)
     found, about = read_file(path)
     same(found, tensors)
     assert about == metadata
@@ -95,6 +97,7 @@ def test_numpy_scalars_in_metadata(tmp_path):
         ({"x": np.array([object()])}, {}, ValueError, "'x' has type object"),
         ({"x": np.zeros(2, np.complex128)}, {}, ValueError, "complex128"),
         ({"__metadata__": np.zeros(2)}, {}, ValueError, "cannot be a tensor's name"),
+        ({1: np.zeros(2)}, {}, ValueError, "1 cannot be a tensor's name"),
         ({"\ud800": np.zeros(2)}, {}, ValueError, "Unicode"),
         ({}, {"x": object()}, TypeError, "json"),
         ({}, {"x": "y" * 2**24}, ValueError, "over the limit"),
@@ -121,19 +124,15 @@ def test_the_hash_is_what_the_docstring_says(path):
 
 def test_same_content_same_bytes_in_any_process(path):  # P29
     code = (
-        "import sys; sys.path[:0] = sys.argv[3:]; import test_store as t; "
-        "t.write_file(sys.argv[1], dict(sorted(t.SAMPLE.items(), reverse=int(sys.argv[2]))), "
+        "import sys; sys.path[:0] = sys.argv[2:]; import test_store as t; "
+        "t.write_file(sys.argv[1], dict(sorted(t.SAMPLE.items(), reverse=True)), "
         "{'deep': {'x': [1, 2.5, None]}, 'step': 3})"
     )
-    for order in ("0", "1"):
-        other = path.with_name(order)
-        here = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(store.__file__))]
-        subprocess.run(
-            [sys.executable, "-c", code, other, order, *here],
-            check=True,
-            env={**os.environ, "PYTHONHASHSEED": order + "7"},
-        )
-        assert other.read_bytes() == path.read_bytes()
+    other = path.with_name("other")
+    here = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(store.__file__))]
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    subprocess.run([sys.executable, "-c", code, other, *here], check=True, env=environment)
+    assert other.read_bytes() == path.read_bytes()
 
 
 # --- damage (P4) ------------------------------------------------------------------------------------------------------
@@ -159,6 +158,12 @@ def damaged(data: bytes, kind: str, rng: np.random.Generator) -> bytes:
     return bytes(new)
 
 
+def put(path, data: bytes) -> None:
+    """Write a file anew: ext4 sends one that is written over to the disk, which takes milliseconds."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+
+
 def test_three_thousand_damaged_files_are_all_refused(path):  # P4
     rng, data, tried = np.random.default_rng(0), path.read_bytes(), 0
     target = path.with_name("bad")
@@ -167,7 +172,7 @@ def test_three_thousand_damaged_files_are_all_refused(path):  # P4
         if bad == data:
             continue
         tried += 1
-        target.write_bytes(bad)
+        put(target, bad)
         with pytest.raises(CheckpointDamaged, match="bad"):
             (read_file if n % 2 else verify_file)(target)
     assert tried >= 3000
@@ -188,7 +193,7 @@ def test_hostile_files_with_a_valid_hash_never_do_anything_else(path):  # P27
             bad[digits[rng.integers(len(digits))]] = ord("0") + int(rng.integers(10))
         else:
             bad = damaged(data, ("flip", "truncate", "extend", "zero", "swap", "cut")[n % 6], rng)
-        target.write_bytes(resealed(bytes(bad)) if len(bad) > store.SLOT.stop else bytes(bad))
+        put(target, resealed(bytes(bad)) if len(bad) > store.SLOT.stop else bytes(bad))
         try:
             tensors, _ = read_file(target)
         except (CheckpointDamaged, StateMismatch):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import struct
 import tracemalloc
 
@@ -12,9 +13,11 @@ import pytest
 import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_store import SAMPLE, arrays, crafted, names, resealed, same
+from test_run import create, flip
+from test_store import SAMPLE, arrays, crafted, names, put, resealed, same
 
 from tinylm import store
+from tinylm.run import Run
 from tinylm.store import CheckpointDamaged, StateMismatch, read_file, verify_file, write_file
 
 RNG = np.random.default_rng(0)
@@ -118,10 +121,40 @@ def test_a_reader_that_knows_no_codec_says_so(coded, monkeypatch):
 def test_any_arrays_come_back(tmp_path_factory, before, after, times):
     folder = tmp_path_factory.getbasetemp()
     before, after = ({name: np.tile(a, times) for name, a in part.items()} for part in (before, after))
-    write_file(folder / "before", before, {}, codec="planes")
-    write_file(folder / "after", {**before, **after}, {}, codec="planes", base=folder / "before")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)  # no waiting for the disk
+        write_file(folder / "before", before, {}, codec="planes")
+        write_file(folder / "after", {**before, **after}, {}, codec="planes", base=folder / "before")
     same(read_file(folder / "before")[0], before)
     same(read_file(folder / "after")[0], {**before, **after})
+
+
+def weights(step):
+    values = np.random.default_rng(step).standard_normal((2, 300, 10)).astype(np.float32)
+    return {"params.w": values[0], "opt.mu": values[1], "step": np.array(step)}
+
+
+def test_coded_checkpoints_stand_for_themselves_among_raw_ones(tmp_path):
+    run = create(tmp_path / "run")
+    for step in range(1, 7):
+        run.save(step, weights(step), {"seconds": 0.5}, codec="planes" if step % 2 else "raw")
+    with pytest.raises(ValueError, match="codec = 'zip': must be one of raw, planes"):
+        run.save(5, weights(5), codec="zip")
+    sizes = [run.path(step).stat().st_size for step in run.steps()]
+    assert max(sizes[::2]) < 0.9 * min(sizes[1::2])
+    flip(run.path(6))
+    assert run.prune(1) == [1, 2, 3, 4]
+    run.close()
+    with Run.open(run.folder, write=True) as again:
+        step, tensors, metadata, notes = again.restore()
+        assert (step, metadata, len(notes)) == (5, {"seconds": 0.5, "step": 5}, 2)
+        assert {n: (t.dtype, t.tobytes()) for n, t in tensors.items()} == {
+            n: (t.dtype, t.tobytes()) for n, t in weights(5).items()
+        }
+        flip(run.path(5), at=-100)
+        assert again.prune(1) == []
+        with pytest.raises(CheckpointDamaged, match="no sound checkpoint"):
+            again.restore()
 
 
 def test_reading_takes_the_memory_of_the_tensors_and_verifying_takes_none(tmp_path):
@@ -262,7 +295,7 @@ def attack(coded, delta, count):
             sealed, decoder = turn // 10 % 2, turn // 10 % 4 == 1  # the kinds of damage take turns by ten
             if decoder:  # all is in order but for the data, which is what the decoder sees
                 bad = data[:begin] + (next(inside)[1] + bytes(len(data)))[: len(data) - begin]
-            target.write_bytes(resealed(bad) if sealed and len(bad) > store.SLOT.stop else bad)
+            put(target, resealed(bad) if sealed and len(bad) > store.SLOT.stop else bad)
             before = tracemalloc.get_traced_memory()[0]
             tracemalloc.reset_peak()
             try:

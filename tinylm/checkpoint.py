@@ -177,7 +177,11 @@ def _load_file(path: Path) -> Transformer:
 
 
 def _from_run(run: Run, tensors: Mapping[str, Any]) -> Transformer:
-    where = next(part for part in STATE if any(name.startswith(part) for name in tensors))
+    where = next((part for part in STATE if any(name.startswith(part) for name in tensors)), None)
+    if where is None:
+        raise StateMismatch(
+            f"a checkpoint of {run.folder} holds no model: its tensors are {', '.join(tensors) or 'none'}"
+        )
     params = {name.removeprefix(where): value for name, value in tensors.items() if name.startswith(where)}
     return _assemble(run.model, params, run.tokenizer, run.folder)
 

@@ -9,11 +9,13 @@ import contextlib
 import datetime
 import errno
 import fcntl
+import functools
 import importlib.metadata
 import json
 import os
 import platform
 import socket
+import stat
 import sys
 import weakref
 from collections.abc import Iterator, Mapping
@@ -21,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from tinylm.config import ConfigError
-from tinylm.store import CheckpointDamaged, StateMismatch
+from tinylm.shards import UNSEAL, regular, seal_broken
+from tinylm.store import CheckpointDamaged, StateMismatch, named_errors
 from tinylm.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -41,7 +44,12 @@ class Lock:
 
     def __init__(self, folder: Path):
         path = folder / "lock"
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        # What is written below must not go where a link in somebody else's folder leads.
+        with named_errors(path, "no lock"):
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            os.close(file)
+            raise OSError(errno.EINVAL, "not a regular file; no lock", str(path))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -55,10 +63,20 @@ class Lock:
                 f"{folder} is being written by process {pid}{itself} on host {holder.get('host', 'unknown')} "
                 f"since {holder.get('start', 'unknown')}"
             ) from None
+        self.path, self.file = path, file
         self.release = weakref.finalize(self, _unlock, file, os.getpid())
         start = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        os.ftruncate(file, 0)
-        os.pwrite(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "start": start}).encode(), 0)
+        with named_errors(path, "no lock"):
+            os.ftruncate(file, 0)
+            os.pwrite(file, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "start": start}).encode(), 0)
+
+    def require(self) -> None:
+        """Raise RunLocked when the file was deleted and is another one by now, which somebody else may hold."""
+        with contextlib.suppress(FileNotFoundError):  # nobody else has begun
+            if not os.path.samestat(os.fstat(self.file), os.lstat(self.path)):
+                raise RunLocked(
+                    f"{self.path} was replaced, so another process may write there; this one no longer does"
+                )
 
 
 def _unlock(file: int, owner: int) -> None:
@@ -69,6 +87,11 @@ def _unlock(file: int, owner: int) -> None:
 
 def versions() -> dict[str, str]:
     """What made a file: packages, Python, machine."""
+    return dict(_versions())
+
+
+@functools.cache  # nothing of it changes while a process runs
+def _versions() -> dict[str, str]:
     found = {"python": platform.python_version(), "machine": f"{platform.system()} {platform.machine()}"}
     for name in ("tinylm", "jax", "jaxlib", "flax", "numpy"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -94,6 +117,7 @@ def circumstances() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def _processor() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -120,7 +144,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """A folder's config.json. Raises FileNotFoundError, CheckpointDamaged (no json object), StateMismatch (newer)."""
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_bytes())
+        config = json.loads(regular(path))
     except NotADirectoryError:
         raise FileNotFoundError(f"{folder} is a file, not the folder of a run") from None
     except FileNotFoundError:
@@ -136,6 +160,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def require_unchanged(config: Mapping[str, Any], folder: Path) -> None:
+    """Raise CheckpointDamaged unless a run's config.json is what was written: one bit can turn 0.1 into 0.5."""
+    if seal_broken(config):
+        path = folder / "config.json"
+        raise CheckpointDamaged(f"{path} was changed after it was written: damaged, or edited; if it was you, {UNSEAL}")
+
+
 def is_run(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is a run's (and not that of a saved model, or of somebody else)."""
     return all(type(config.get(key)) is dict for key in ("model", "train", "data"))
@@ -145,11 +176,12 @@ def read_tokenizer(folder: Path, sha256: str | None) -> Tokenizer | None:
     """The folder's tokenizer, which must be the one `config.json` names; None when it names none."""
     if sha256 is None:
         return None
-    tokenizer = Tokenizer.load(folder / "tokenizer.json")
+    path = folder / "tokenizer.json"
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise CheckpointDamaged(f"{path} is damaged: it is not a regular file")
+    tokenizer = Tokenizer.load(path)
     if tokenizer.sha256 != sha256:
-        raise StateMismatch(
-            f"{folder / 'tokenizer.json'} is another tokenizer: sha256 {tokenizer.sha256}, not {sha256}"
-        )
+        raise StateMismatch(f"{path} is another tokenizer: sha256 {tokenizer.sha256}, not {sha256}")
     return tokenizer
 
 

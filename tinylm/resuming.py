@@ -10,9 +10,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from tinylm.checkpoint import Run, StateMismatch, load
+from tinylm.checkpoint import CheckpointDamaged, Run, StateMismatch, load
 from tinylm.config import ConfigError
 from tinylm.data import Batches
+from tinylm.run import Tracker
 from tinylm.shards import Tokens
 from tinylm.training import Step, Trainer
 
@@ -37,7 +38,8 @@ def resume(
 
     Raises:
         FileNotFoundError: no run, or no checkpoint, or no data. StateMismatch: other data than before.
-        RunLocked: another process trains in this folder. ConfigError: an end that lies behind.
+        RunLocked: another process trains in this folder. ConfigError: an end that lies behind, data that is none.
+        CheckpointDamaged: no sound checkpoint, or settings that were changed after they were written.
     """
     if unknown := longer.keys() - {"steps", "tokens", "budget"}:
         raise ConfigError(
@@ -56,7 +58,9 @@ def resume(
         train_data = reopen(data, run.data.get("train"), run.folder, "data")
         valid_data = reopen(valid, run.data.get("valid"), run.folder, "valid", needed=False)
         trainer = Trainer(model, train_data, config, valid=valid_data, run=run, tracker=tracker)
-        trainer.adopt(tensors, metadata["seconds"])
+        if type(seconds := metadata.get("seconds")) not in (int, float) or not 0 <= seconds < float("inf"):
+            raise StateMismatch(f"{run.path(step)} does not say after how many seconds it was saved: {seconds!r}")
+        trainer.adopt(tensors, seconds)
         if longer and trainer.progress >= 1.0:
             end = ", ".join(f"{name}={value:g}" for name, value in longer.items())
             raise ConfigError(
@@ -80,8 +84,17 @@ def reopen(
     given: Tokens | Batches | None, about: dict[str, Any] | None, home: Path, name: str, needed: bool = True
 ) -> Any:
     """The data of a run once more: what the caller gives, or the shards the run was made from."""
+    if about is not None and not (
+        isinstance(about, dict)
+        and isinstance(about.get("folder"), str | None)
+        and all(isinstance(about.get(key), str) for key in ("split", "sha256"))
+    ):
+        raise CheckpointDamaged(f"{home / 'config.json'} does not say what the {name} was: {about!r}")
     if given is None and about is not None and about["folder"] is not None:
+        # The one path that a file of ours may lead elsewhere by: nothing but shards of that name is read there.
         given = Tokens.open(home / about["folder"], about["split"])
+    if given is not None and not isinstance(given, Tokens) and not callable(given):
+        raise ConfigError(f"{name} = {given!r}: give Tokens, or a function from a step to its Batch")
     if given is None and needed:
         raise FileNotFoundError(f"{home} was trained on data made in memory: give it again, resume(folder, {name}=...)")
     if isinstance(given, Tokens) and about is not None and given.sha256 != about["sha256"]:

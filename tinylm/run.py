@@ -1,7 +1,8 @@
 """A run folder that survives kill -9, full disks and flipped bits.
 
     config.json                              {"format", "model", "train", "data", "tokenizer": its sha256, "versions",
-                                             "circumstances": what its bits depend on besides}
+                                             "circumstances": what its bits depend on besides, "seal": the sha256
+                                             of all that, as json with sorted keys}
     tokenizer.json                           when the run has one
     run.jsonl                                one json object per logged step
     checkpoints/step-00000100.safetensors    the whole state after step 100, see `store`
@@ -38,8 +39,10 @@ from tinylm.folder import (
     pretty,
     read_config,
     read_tokenizer,
+    require_unchanged,
     versions,
 )
+from tinylm.shards import regular, sealed
 from tinylm.store import (
     LEFTOVER,
     CheckpointDamaged,
@@ -96,15 +99,17 @@ class Run:
     ) -> Run:
         """A new run, open for writing. Raises FileExistsError for a folder that holds anything, RunLocked."""
         folder = Path(folder)
-        config = {
-            "format": FORMAT,
-            "model": model.to_dict(),
-            "train": train.to_dict(),
-            "data": _finite(data or {}),
-            "tokenizer": tokenizer.sha256 if tokenizer else None,
-            "versions": versions(),
-            "circumstances": circumstances(),
-        }
+        config = sealed(
+            {
+                "format": FORMAT,
+                "model": model.to_dict(),
+                "train": train.to_dict(),
+                "data": _finite(data or {}),
+                "tokenizer": tokenizer.sha256 if tokenizer else None,
+                "versions": versions(),
+                "circumstances": circumstances(),
+            }
+        )
         require_free(folder)
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         lock = Lock(folder)
@@ -136,6 +141,7 @@ class Run:
         lock = Lock(folder)
         try:
             run = cls(folder, read_config(folder), lock)
+            require_unchanged(run._config, folder)
             (folder / "checkpoints").mkdir(exist_ok=True)
             clear_leftovers(folder)
             clear_leftovers(folder / "checkpoints")
@@ -178,7 +184,7 @@ class Run:
     def change(self, train: TrainConfig) -> None:
         """Replace the training config (a resume with more steps), on disk too."""
         self._writing()
-        config = {**self._config, "train": train.to_dict()}
+        config = sealed({**self._config, "train": train.to_dict()})
         write_bytes(self.folder / "config.json", pretty(config))
         self._adopt(json.loads(pretty(config)))
 
@@ -190,6 +196,8 @@ class Run:
         Raises OSError when the disk refuses; the line is kept, and comes before the next one or the next checkpoint.
         """
         self._writing()
+        if not isinstance(record, Mapping):
+            raise TypeError(f"a line of the log is a mapping, such as {{'step': 1}}, not {record!r}")
         self._unwritten += (json.dumps(_finite(record), allow_nan=False) + "\n").encode()
         self._write_log()
 
@@ -197,7 +205,7 @@ class Run:
         if not self._unwritten:
             return
         with named_errors(self._log, "not logged"):
-            file = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            file = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
                 before = os.fstat(file).st_size
                 if os.write(file, self._unwritten) != len(self._unwritten):
@@ -245,14 +253,20 @@ class Run:
         return self.folder / "run.jsonl"
 
     def _lines(self) -> list[bytes]:
+        return self._logged().splitlines()
+
+    def _logged(self, *, follow: bool = True) -> bytes:
         try:
-            return self._log.read_bytes().splitlines()
+            return regular(self._log, None, follow=follow)
         except FileNotFoundError:
-            return []
+            return b""
+        except ValueError as error:
+            raise CheckpointDamaged(f"{self._log} is damaged: {error}") from error
 
     def _mend_log(self) -> None:
         """A line torn by a crash must not become the beginning of the next one."""
-        data = self._log.read_bytes() if self._log.exists() else b"\n"
+        with named_errors(self._log, "no log"):  # lines will be added: in this folder, not where a link leads
+            data = self._logged(follow=False)
         if data and not data.endswith(b"\n"):
             good, torn = data[: data.rfind(b"\n") + 1], data[data.rfind(b"\n") + 1 :]
             write_bytes(self._log, good if parsed(torn) is None else data + b"\n")
@@ -289,8 +303,8 @@ class Run:
         MB; earlier checkpoints stay.
         """
         self._writing()
-        if step < 0:
-            raise ValueError(f"step = {step}: must not be negative")
+        if isinstance(step, bool) or not isinstance(step, int | np.integer) or step < 0:
+            raise ValueError(f"step = {step!r}: must be a whole number, not negative")
         path = self.path(step)
         if path.exists() and not self._is_sound(step):
             self._set_aside(step)  # damaged ones are evidence
@@ -307,8 +321,10 @@ class Run:
         """(step, tensors, metadata, notes) of one step, or of the newest sound one.
 
         `notes` names every damaged file passed over (they stay where they are) and how many steps that costs. Raises
-        FileNotFoundError when there is none, CheckpointDamaged when none is sound, StateMismatch for a newer format.
+        FileNotFoundError when there is none, CheckpointDamaged when none is sound or config.json was changed,
+        StateMismatch for a newer format.
         """
+        require_unchanged(self._config, self.folder)
         if step is not None:
             if step not in (found := self.steps()):
                 raise FileNotFoundError(f"{self.folder} has no checkpoint of step {step}; it has {found or 'none'}")
@@ -382,7 +398,7 @@ class Run:
 
     def _sync_log(self) -> None:
         with named_errors(self._log, "not on the disk yet"):
-            file = os.open(self._log, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            file = os.open(self._log, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
             try:
                 os.fsync(file)
             finally:
@@ -391,6 +407,7 @@ class Run:
     def _writing(self) -> None:
         if self._lock is None:
             raise RunLocked(f"{self.folder} is open for reading only: Run.open(folder, write=True)")
+        self._lock.require()
 
 
 def require_free(folder: Path) -> None:

@@ -7,12 +7,15 @@ token of their own get it in front of every document: `end, begin, document, end
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import operator
 import os
 import re
-from collections.abc import Callable, Iterable
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,9 @@ from tinylm.tokenizer import Tokenizer, blocks
 
 FORMAT = 1
 CHECKED_AT_OPEN = 16 * 2**20  # bytes: smaller splits are hashed whole when opened (about 30 ms)
+LIMIT = 4 * 2**20  # bytes of a json file that describes others
+UNSEAL = 'delete its "seal"'  # what to do about a file that was changed on purpose
+SEAL = "seal"
 FIELDS = {
     "format": int,
     "dtype": str,
@@ -39,6 +45,40 @@ FIELDS = {
 
 class DataError(ValueError):
     """Token data that is missing, damaged, too small or not what its sidecar says."""
+
+
+def regular(path: str | os.PathLike, limit: int | None = LIMIT, *, follow: bool = True) -> bytes:
+    """The bytes of a regular file of at most `limit`; a pipe is not waited for, a device not read to its end.
+
+    With `follow=False` a link is refused, too: what is written next must stay in its folder. Raises OSError, and
+    ValueError for what is no such file.
+    """
+    more = os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | more)) as stream:
+        status = os.fstat(stream.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a regular file")
+        if limit is not None and status.st_size > limit:
+            raise ValueError(f"it has {status.st_size:,} bytes, over the limit of {limit:,}")
+        return stream.read()
+
+
+def sealed(about: Mapping[str, Any]) -> dict[str, Any]:
+    """A json object with its seal, the sha256 of the rest of it: `seal_broken` finds what is changed later."""
+    return {**about, SEAL: _seal(about)}
+
+
+def seal_broken(about: Mapping[str, Any]) -> bool:
+    """Whether an object has a seal that is not that of the rest; files of earlier versions have none."""
+    try:
+        return SEAL in about and about[SEAL] != _seal(about)
+    except RecursionError:  # nothing of ours is nested so
+        return True
+
+
+def _seal(about: Mapping[str, Any]) -> str:
+    rest = json.loads(json.dumps({key: value for key, value in about.items() if key != SEAL}))  # as it will be read
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def check_tokens(ids: np.ndarray, vocab: int, what: str = "tokens") -> None:
@@ -89,8 +129,7 @@ def write_tokens(
     lead = np.array([end] if begin is None else [end, begin], np.int32)
     if shard_tokens < 1 or (first is not None and first < 1):
         raise DataError(f"shard_tokens = {shard_tokens}, first = {first}: must be at least 1")
-    if not split or not split.replace("_", "").replace("-", "").isalnum():
-        raise DataError(f"split = {split!r}: use letters, digits, '-' and '_'")
+    _check_split(split)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     writer = _Writer(folder, split, np.dtype(np.uint16 if tokenizer.vocab <= 2**16 else np.uint32), shard_tokens)
@@ -124,6 +163,28 @@ class _Writer:
         self.parts: list[dict[str, Any]] = []
         self.documents = 0
         self.file: Any = None
+        self.clear_dead()
+
+    def clear_dead(self) -> None:
+        """Remove what a killed process left of this split, after a day: another machine may use the same number."""
+        partial = re.compile(rf"\.{re.escape(self.split)}-\d{{5}}\.(json|bin)\.(\d{{1,9}})", re.ASCII)
+        for path in self.folder.iterdir():
+            found = partial.fullmatch(path.name)
+            if found and path.is_file() and time.time() - path.stat().st_mtime > 86_400:
+                try:
+                    os.kill(int(found[2]), 0)
+                except ProcessLookupError:
+                    path.unlink()
+                except PermissionError:  # it lives, as somebody else's
+                    pass
+
+    @contextlib.contextmanager
+    def named_errors(self) -> Iterator[None]:
+        """Say where: an error of an open file does not."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, f"{error.strerror}; tokens not written", str(self.folder)) from error
 
     def name(self, i: int, suffix: str) -> Path:
         return self.folder / f"{self.split}-{i:05d}.{suffix}"
@@ -147,9 +208,10 @@ class _Writer:
 
     def close(self) -> None:
         if self.file:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
+            with self.named_errors():
+                self.file.flush()
+                os.fsync(self.file.fileno())
+                self.file.close()
             self.file = None
 
     def write(self, ids: np.ndarray) -> None:
@@ -160,7 +222,8 @@ class _Writer:
                 self.open()
                 continue
             raw = ids[:room].tobytes()
-            self.file.write(raw)
+            with self.named_errors():
+                self.file.write(raw)
             self.parts[-1]["hash"].update(raw)
             self.parts[-1]["tokens"] += len(ids[:room])
             ids = ids[room:]
@@ -181,14 +244,15 @@ class _Writer:
                 **shared,
                 "sha256": part["hash"].hexdigest(),
             }
-            sidecar |= {"file": self.name(i, "bin").name, "shards": len(self.parts)}
+            sidecar = sealed(sidecar | {"file": self.name(i, "bin").name, "shards": len(self.parts)})
             partial = self.folder / f".{self.split}-{i:05d}.json.{os.getpid()}"
             partial.write_text(json.dumps(sidecar, indent=1), encoding="utf-8")
             os.replace(partial, self.name(i, "json"))
 
     def clean(self) -> None:
         if self.file:
-            self.file.close()
+            with contextlib.suppress(OSError):  # a full disk refuses what is still to be written
+                self.file.close()
         for i in range(len(self.parts)):
             self.partial(i).unlink(missing_ok=True)
 
@@ -224,6 +288,7 @@ class Tokens:
 
         Raises DataError naming the file, what its sidecar says, and what was found.
         """
+        _check_split(split)
         folder = Path(folder)
         found = sorted(folder.glob(f"{split}-[0-9][0-9][0-9][0-9][0-9].json"))
         if not found:
@@ -232,7 +297,9 @@ class Tokens:
             raise DataError(f"no split {split!r} in {folder}: {here}")
         sidecars = [_sidecar(path) for path in found]
         lead = sidecars[0]
-        if [p.name for p in found] != [f"{split}-{i:05d}.json" for i in range(lead["shards"])]:
+        if len(found) != lead["shards"] or [p.name for p in found] != [
+            f"{split}-{i:05d}.json" for i in range(lead["shards"])
+        ]:
             raise DataError(
                 f"{folder}: {split} was written as {lead['shards']} shards, {len(found)} are there; write it again"
             )
@@ -241,6 +308,8 @@ class Tokens:
                 if side.get(key) != lead.get(key):
                     raise DataError(f"{path}: {key} = {side.get(key)!r}, but {found[0].name} says {lead.get(key)!r}")
         parts = [_map(path, side) for path, side in zip(found, sidecars, strict=True)]
+        for path in (path for path, side in zip(found, sidecars, strict=True) if seal_broken(side)):
+            raise DataError(f"{path} was changed after it was written: write it again, or, if it was you, {UNSEAL}")
         meta = {**lead, **{k: sum(s[k] for s in sidecars) for k in ("documents", "bytes")}}
         meta["split"] = split
         meta["sha256"] = hashlib.sha256("".join(s["sha256"] for s in sidecars).encode()).hexdigest()
@@ -331,10 +400,15 @@ class Tokens:
         )
 
 
+def _check_split(split: str) -> None:
+    if not isinstance(split, str) or not split.replace("_", "").replace("-", "").isalnum():
+        raise DataError(f"split = {split!r}: use letters, digits, '-' and '_'")
+
+
 def _sidecar(path: Path) -> dict[str, Any]:
     try:
-        side = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        side = json.loads(regular(path).decode())
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not a json sidecar ({error})") from None
     if not isinstance(side, dict):
         raise DataError(f"{path}: not a json sidecar")
@@ -349,6 +423,11 @@ def _sidecar(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: begin is {side['begin']!r}")
     if side["file"] != path.with_suffix(".bin").name or side["tokens"] < 1 or side["vocab"] < 1 or side["shards"] < 1:
         raise DataError(f"{path}: file, tokens, vocab or shards make no sense ({side['file']!r}, {side['tokens']})")
+    if side["vocab"] > 2**32 or side["documents"] < 0 or side["bytes"] < 0:
+        raise DataError(f"{path}: {side['documents']} documents, {side['bytes']} bytes, vocab {side['vocab']}")
+    for key in ("end", "begin"):
+        if side.get(key) is not None and not 0 <= side[key] < side["vocab"]:
+            raise DataError(f"{path}: {key} = {side[key]} is no id of 0..{side['vocab'] - 1}")
     return side
 
 

@@ -60,7 +60,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 START = b'{"__metadata__":{"sha256":"'  # the slot follows, at a fixed place, so hashing needs no trust in the header
 SLOT = slice(8 + len(START), 8 + len(START) + 64)
 ZEROS = "0" * 64
-HEADER_LIMIT = 16 * 2**20
+HEADER_LIMIT = 16 * 2**20  # json in memory takes up to thirty times its bytes: half a gigabyte at worst
 PIECE = 4 * 2**20
 MEGABYTE = 1e6
 ENTRY = 128  # bytes a coded tensor costs in the header
@@ -88,14 +88,15 @@ def write_file(
     """Write arrays (NumPy or JAX, any shape) and json-able metadata to `path`, durably: it survives a power cut.
 
     Args:
-        path: replaced, whole or not at all.
+        path: replaced, whole or not at all; a link of that name is replaced itself.
         tensors, metadata: what `read_file` gives back, bit for bit.
         codec: "planes" stores each tensor in fewer bytes where it can; needs memory for the coded ones meanwhile.
         base: with "planes", an earlier file in the same folder: what changed little since costs little, and this
             file cannot be read without that one. It must not have a base itself.
 
-    Raises ValueError for what the format cannot say, before anything is written, and OSError (its subclass, with
-    `filename`, free and needed MB in the message) when the disk refuses; then `path` is what it was before. For `base`
+    Raises ValueError (TypeError for metadata that json cannot say) before anything is written, and OSError (its
+    subclass, with `filename`, free and needed MB in the message) when the disk refuses; then `path` is what it was
+    before, or, where only the folder could not be synced, whole and new but not yet safe from a power cut. For `base`
     also what `read_file` raises.
     """
     if codec not in get_args(Codec):
@@ -234,7 +235,7 @@ def clear_leftovers(folder: PathLike) -> list[str]:
 def _storable(name: str, value: Any) -> np.ndarray:
     array = np.asarray(value, order="C")  # not ascontiguousarray: that turns a scalar into a vector
     dtype = array.dtype.newbyteorder("<")
-    if name == "__metadata__":
+    if name == "__metadata__" or not isinstance(name, str):
         raise ValueError(f"{name!r} cannot be a tensor's name")
     if dtype not in CODES:
         raise ValueError(f"tensor {name!r} has type {array.dtype}; a file can hold {', '.join(map(str, CODES))}")

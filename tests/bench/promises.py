@@ -2,12 +2,14 @@
 
     python tests/bench/promises.py [--kills 10] [--flips 40] [--interrupts 10] [--only ours,orbax]
     python tests/bench/promises.py --soak 100000
+    python tests/bench/promises.py --killed-saves 80
 
 Each library is used as its documentation shows first: checkpoints at every step, the two newest kept, defaults else.
 Those that are not installed are left out. A kill comes at a random moment of a process that saves all the time; what
 counts is the newest checkpoint that the library itself names, and what else is left after opening it again. A flipped
 bit is anywhere in the newest checkpoint. Ctrl-C comes at a random moment of a blocking loop, as in a notebook's cell;
-then the same objects train on to the end.
+then the same objects train on to the end. `--killed-saves` is ours alone, with a training state of 188 MB: kills spread
+evenly over the time that a save takes, all in one run folder, each followed by what a user would do: open it again.
 """
 
 import argparse
@@ -30,12 +32,27 @@ from pathlib import Path
 import numpy as np
 
 SIZE = 500_000  # numbers in the state that is saved; with Adam's moments three times as many
+LARGE = 15_625_000  # parameters of the state whose saves are killed: 188 MB with Adam's moments
 STEPS = 400  # of the interrupted loop
 
 
 def arrays(step):
     rng = np.random.default_rng(step)
     return {"a": rng.random(SIZE, np.float32), "b": rng.random(2 * SIZE, np.float32), "step": np.array(step)}
+
+
+def training_state():
+    """15.6 million float32 parameters in six matrices, and both moments of Adam."""
+    rng = np.random.default_rng(0)
+    kinds = [f"{part}.{n}" for part in ("params", "opt.mu", "opt.nu") for n in range(6)]
+    return {name: rng.standard_normal((LARGE // 6000, 1000), np.float32) for name in kinds}
+
+
+def at_step(state, step):
+    """The state of a step: its number stands in every tensor, so that no two steps' tensors can be mixed unnoticed."""
+    for value in state.values():
+        value[0, 0] = step
+    return {**state, "step": np.array(step)}
 
 
 def same(one, other) -> bool:
@@ -352,6 +369,72 @@ def kills(name, count):
     return f"{bad} unreadable, {lost} lost an acknowledged step, {litter} left litter (of {count})"
 
 
+def save_large(folder):
+    """Saves for ever; says before and after each."""
+    from tinylm.run import Run
+
+    state = training_state()
+    with Run.open(folder, write=True) as run:
+        for step in range(max(run.steps(), default=0) + 1, 10**6):
+            tensors = at_step(state, step)
+            print("saving", step, flush=True)
+            begun = time.perf_counter()
+            run.save(step, tensors)
+            print("saved", step, time.perf_counter() - begun, flush=True)
+            run.prune(2)
+
+
+def killed_saves(count):
+    """SIGKILL at moments that divide a save's time evenly; after each, what is on the disk, and what opening gives."""
+    from tinylm.config import ModelConfig, TrainConfig
+    from tinylm.run import Run
+    from tinylm.store import LEFTOVER
+
+    def left_over():
+        return [path for path in folder.rglob("*") if LEFTOVER.fullmatch(path.name)]
+
+    state, counts = training_state(), dict.fromkeys(("unreadable", "acknowledged lost", "not cleaned"), 0)
+    size, shares = sum(value.nbytes for value in state.values()), []
+    came = {"before the first byte": 0, "while writing": 0, "all written": 0, "after the rename": 0}
+    with tempfile.TemporaryDirectory() as home:
+        folder = Path(home) / "run"
+        model = ModelConfig(vocab=261, width=8, layers=1, heads=1)
+        Run.create(folder, model=model, train=TrainConfig(steps=10**6)).close()
+        process = child("ours", "large", folder)
+        seconds = [
+            float(line.split()[2]) for line, _ in zip(process.stdout, range(12), strict=False) if "saved" in line
+        ]
+        process.kill()
+        process.communicate()
+        usual = statistics.median(seconds)
+        for number in np.random.default_rng(3).permutation(count):
+            process = child("ours", "large", folder)
+            step = int(process.stdout.readline().split()[1])  # its first save begins now
+            time.sleep(usual * (number + 0.5) / count)
+            process.kill()
+            acknowledged = step if "saved" in process.communicate()[0] else step - 1
+            temporary = [path.stat().st_size for path in left_over() if path.suffix == ".tmp"]
+            there = (folder / "checkpoints" / f"step-{step:08d}.safetensors").exists()
+            early, whole = not sum(temporary), sum(temporary) > size
+            came[list(came)[3 if there else 2 if whole else 0 if early else 1]] += 1
+            shares += [temporary[0] / size] if temporary else []
+            with Run.open(folder, write=True) as run:
+                counts["not cleaned"] += bool(left_over())
+                try:
+                    newest, tensors, _, notes = run.restore()
+                except ValueError:
+                    counts["unreadable"] += 1
+                    continue
+                counts["unreadable"] += bool(notes) or not same(tensors, at_step(state, newest))
+                counts["acknowledged lost"] += newest < acknowledged
+                run.rewind(newest)
+    print(f"{count} kills over a save of {usual:.2f} s ({min(seconds):.2f} to {max(seconds):.2f}), 188 MB:")
+    print(
+        ", ".join(f"{n} {what}" for what, n in came.items()) + f"; parts written {min(shares):.2f} to {max(shares):.2f}"
+    )
+    print(", ".join(f"{n} {what}" for what, n in counts.items()))
+
+
 def flips(name, count):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -430,6 +513,8 @@ def run_child(name, case, folder, *more):
     elif case == "newest":
         step, found, _, _ = library.newest(folder)
         print("result", step, "a" not in found or same(found, arrays(step)))
+    elif case == "large":
+        save_large(folder)
     elif case == "flips":
         print("result", flip_here(library, folder, int(more[0])))
     else:
@@ -470,12 +555,15 @@ def main() -> None:
     parser.add_argument("--interrupts", type=int, default=10)
     parser.add_argument("--only", default=",".join(LIBRARIES))
     parser.add_argument("--soak", type=int)
+    parser.add_argument("--killed-saves", type=int)
     parser.add_argument("--child", nargs="+")
     args = parser.parse_args()
     if args.child:
         return run_child(*args.child)
     if args.soak:
         return soak(args.soak)
+    if args.killed_saves:
+        return killed_saves(args.killed_saves)
     for name in args.only.split(","):
         if importlib.util.find_spec(LIBRARIES[name].needs.partition(".")[0]) is None:
             print(f"{name}: not installed")
