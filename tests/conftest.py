@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -10,6 +11,11 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "tinylm-test-compilations"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# Compiling is most of the work here; LLVM without its optimisations takes a quarter off. XLA_FLAGS= turns them on.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# Thousands of small files are flushed to a disk that nobody will ask for them.
+if os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 4e9:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", "/dev/shm")
 
 # JAX keeps a million objects alive; going through them again and again is a tenth of all test time.
 gc.set_threshold(200_000, 20, 100)

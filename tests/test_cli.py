@@ -232,7 +232,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(text, tmp_path):  # P6
 
 
 def test_the_main_job(tmp_path, capsys):
-    status, out, err = run("story", "--budget", "20s", "--out", tmp_path / "story", "--json", capsys=capsys)
+    status, out, err = run("story", "--budget", "10s", "--out", tmp_path / "story", "--json", capsys=capsys)
     figures = json.loads(out)
     assert status == 0
     assert 0 < figures["floor"] < figures["bits_per_byte"] < 4  # how good depends on how busy the machine is
@@ -247,7 +247,7 @@ def test_the_main_job(tmp_path, capsys):
 
 
 def test_the_main_job_on_your_own_text(text, tmp_path, capsys):
-    args = ["story", "--budget", "20s", "--text", text, "--preset", "50K", "--out", tmp_path / "own", "--json"]
+    args = ["story", "--budget", "6s", "--text", text, "--preset", "50K", "--out", tmp_path / "own", "--json"]
     status, out, err = run(*args, capsys=capsys)
     assert status == 0, err
     assert json.loads(out)["floor"] is None

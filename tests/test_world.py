@@ -73,11 +73,11 @@ def test_a_small_world_sums_to_one(world: World) -> None:
 @pytest.mark.parametrize(
     ("world", "number"),
     [
-        (World(small=12), 2500),
-        (World(mode="fsm", length=12), 10_000),
-        (World(mode="bigram", words=20, length=12), 10_000),
-        (World(seed=2, facts=500, zipf=1.2), 400),
-        (World(), 600),
+        (World(small=12), 800),
+        (World(mode="fsm", length=12), 3000),
+        (World(mode="bigram", words=20, length=12), 3000),
+        (World(seed=2, facts=500, zipf=1.2), 150),
+        (World(), 250),
         pytest.param(World(), 10_000, marks=pytest.mark.slow),
     ],
 )
