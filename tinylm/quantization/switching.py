@@ -21,7 +21,7 @@ import numpy as np
 
 from tinylm.config import TrainConfig
 from tinylm.quantization.spec import QuantizationError
-from tinylm.techniques.ternary import all_or_none
+from tinylm.techniques import all_or_none
 from tinylm.training import Trainer, train
 
 

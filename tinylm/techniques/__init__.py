@@ -10,6 +10,7 @@ with no knowledge of it. Parameters of a wrapped module are found under `<path>.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pkgutil
 import re
@@ -183,6 +184,19 @@ def put(model: Any, path: str, module: nnx.Module) -> None:
         model[int(last)] = module
     else:
         setattr(model, last, module)
+
+
+@contextlib.contextmanager
+def all_or_none(model: Any) -> Iterator[None]:
+    """Undo every edit of a model that was made inside when something is raised there; weights that were set stay so."""
+    before, config = list(modules(model)), model.config
+    try:
+        yield
+    except BaseException:
+        for path, module in reversed(before):  # the outer ones first: what is inside of them is put into them again
+            put(model, path, module)
+        model.config = config
+        raise
 
 
 def fold(model: Any) -> Any:

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from tinylm.parts import NORMS, Linear
 from tinylm.taps import Tap, untouched, wants
-from tinylm.techniques import EditError, Technique, edit, technique
+from tinylm.techniques import EditError, Technique, all_or_none, edit, technique
 from tinylm.techniques.rounding import Stored, one_of, require
 
 ROOM = {"cpu": 1 << 19, "other": 1 << 26}  # scores that exist at once: on a CPU they stay in a core's cache
@@ -420,10 +420,10 @@ def discretize(
     which = range(count) if layers is None else layers
     require(len(which) > 0 and set(which) <= set(range(count)), "layers", layers, f"must be among 0 to {count - 1}")
     numbers = r"\d+" if layers is None else f"({'|'.join(map(str, layers))})"
-    for target in (nnx.clone(model), model):  # what fails at the second site must not be half done
+    with all_or_none(model):
         for site, (inside, side) in SITES.items():
             if site in sites:
                 groups = {"groups": model.config.heads} if site == "attn" else {}
                 where = rf"blocks\.{numbers}" + (rf"\.{inside}" if inside else "")
-                edit(target, where, "codebook", rngs=rngs, **{"side": side, **groups, **own})
+                edit(model, where, "codebook", rngs=rngs, **{"side": side, **groups, **own})
     return model

@@ -10,8 +10,6 @@ that know nothing of it: dL/dx = g (scale codes), dL/dW = g' x_rounded.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tinylm.parts import RMSNorm
-from tinylm.techniques import EditError, Technique, edit, modules, put, technique
+from tinylm.techniques import EditError, Technique, all_or_none, edit, technique
 from tinylm.techniques.rounding import (
     Cells,
     Per,
@@ -110,19 +108,6 @@ class Identity(Technique):
 
     def fold(self) -> nnx.Module:
         raise EditError("its norm is gone, and a plain block has one")
-
-
-@contextlib.contextmanager
-def all_or_none(model: Any) -> Iterator[None]:
-    """Undo every edit of a model that was made inside when something is raised there; weights that were set stay so."""
-    before, config = list(modules(model)), model.config
-    try:
-        yield
-    except BaseException:
-        for path, module in reversed(before):  # the outer ones first: what is inside of them is put into them again
-            put(model, path, module)
-        model.config = config
-        raise
 
 
 PRESETS: dict[str, dict[str, Any]] = {
