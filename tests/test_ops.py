@@ -269,7 +269,7 @@ def test_checkpoint_and_scan():
     with ops.plain():
         expected = run(step)
     np.testing.assert_allclose(run(step), expected, rtol=1e-4, atol=1e-5)
-    np.testing.assert_array_equal(run(jax.checkpoint(step)), run(step))
+    np.testing.assert_allclose(run(jax.checkpoint(step)), run(step), rtol=1e-4, atol=1e-5)
 
 
 def test_plain_is_seen_by_compiled_functions():
