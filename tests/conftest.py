@@ -11,9 +11,10 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "tinylm-test-compilations"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-# Compiling is most of the work here. Without XLA's fusion emitters and LLVM's optimisations it takes a third of the time.
-# `XLA_FLAGS= pytest` compiles as users do: for a release.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1 --xla_cpu_use_fusion_emitters=false"
+# Compiling is most of the work here. Without XLA's fusion emitters and LLVM's optimisations it takes a third of the
+# time. `XLA_FLAGS= pytest` compiles as users do: for a release.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+QUICK += " --xla_cpu_parallel_codegen_split_count=1"
 os.environ.setdefault("XLA_FLAGS", QUICK)
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 # Thousands of small files are flushed to a disk that nobody will ask for them.
