@@ -2,10 +2,10 @@
 
     python tests/bench/engine_parity.py --data DATA [--models stories260K,stories15M] [--stories 60] [--bits int8,int4]
 
-The models are llama2.c's checkpoints in DATA (see the README on TINYLM_DATA), the text is TinyStories, which they were
-trained on: what is compared is arithmetic. KL is from float32's prediction to the other's, nats per token, mean over
-all positions; perplexity is per token, its change with an interval over stories (bootstrap). Ternary needs no such table:
-what was trained ternary is written exactly (`tests/test_engine_export.py`).
+The models are llama2.c's checkpoints in DATA (see the README on TINYLM_DATA), the text is TinyStories, which they
+were trained on: what is compared is arithmetic. KL is from float32's prediction to the other's, nats per token, mean
+over all positions; perplexity is per token, its change with an interval over stories (bootstrap). Ternary needs no
+such table: what was trained ternary is written exactly (`tests/test_engine_export.py`).
 """
 
 from __future__ import annotations
