@@ -19,7 +19,7 @@ LARGEST = 200_000  # bytes of an executed notebook: see P21 of the reliability c
 SECONDS = {"01_train_a_storyteller": 6, "03_a_committee_of_one_layer_minds": 6, "04_memories": 8}
 SECONDS |= {"02_one_point_five_eight_bits": 6}
 SECONDS |= {"06_the_bigram_inside": 6, "07_look_inside": 5}
-SECONDS |= {"05_codebooks": 6, "08_int8_on_a_cpu": 6}
+SECONDS |= {"05_codebooks": 6, "08_int8_on_a_cpu": 6, "09_adapters": 4}
 
 
 def named(path):
@@ -135,11 +135,20 @@ def the_engine(text):
     assert "True" in text
 
 
+def the_adapters(text):
+    """Thin products learn something, and folding them in changes nothing."""
+    assert float(re.search(r"largest difference of a logit: (\S+)", text)[1]) < 1e-3
+    gained = [float(g) for g in re.findall(r": (-?[\d.]+) gained there", text)]
+    assert len(gained) == 4
+    assert min(gained[0], gained[3]) > 0
+
+
 ANSWERS = {
     "01_train_a_storyteller": the_storyteller,
     "02_one_point_five_eight_bits": the_bits,
     "04_memories": the_memories,
     "08_int8_on_a_cpu": the_engine,
+    "09_adapters": the_adapters,
 }
 
 
