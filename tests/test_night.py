@@ -22,13 +22,17 @@ from conftest import resident
 from damage import damaged
 from hypothesis import given, settings
 
-from tinylm.data import write_tokens
+from tinylm.config import ModelConfig, TrainConfig
+from tinylm.data import Tokens, write_tokens
 from tinylm.engine import file as engine_file
 from tinylm.engine.twin import Twin
 from tinylm.formats import FormatError
+from tinylm.model import Transformer
+from tinylm.resuming import resume
 from tinylm.store import CheckpointDamaged, read_file, verify_file, write_file
 from tinylm.text import documents
 from tinylm.tokenizer import Tokenizer
+from tinylm.training import train
 
 pytestmark = pytest.mark.slow
 KINDS = ("flip", "truncate", "extend", "zero", "swap", "cut")
@@ -46,6 +50,31 @@ def test_a_hundred_thousand_damaged_checkpoints(tmp_path):  # P4
             with pytest.raises(CheckpointDamaged):
                 (read_file if n % 2 else verify_file)(bad)
     assert tried > 90_000
+
+
+def test_thirty_stops_of_fifteen_million_parameters(tmp_path):  # P3
+    """Stopped after every step and opened again from the folder, with dropout, accumulation, a schedule and epochs."""
+    rng = np.random.default_rng(0)
+    tokens = Tokens.from_array(rng.integers(0, 32_000, 40 * 33).astype(np.uint16), vocab=32_000)
+    shape = ModelConfig(vocab=32_000, context=64, width=288, layers=6, heads=6, dropout=0.1)
+    config = TrainConfig(steps=31, batch=4, length=32, accumulate=2, warmup=5, log_every=1, keep=2)
+    whole = train(Transformer(shape), tokens, config)
+    assert len(list(whole)) == 31
+    trainer, losses = train(Transformer(shape), tokens, config, out=tmp_path / "run"), []
+    for stop in range(1, 31):
+        for step in trainer:
+            if step.step == stop:
+                break
+        losses += trainer.losses
+        trainer.run.close()
+        trainer = resume(tmp_path / "run", data=tokens)
+        assert trainer.step == stop
+    assert losses + [step.loss for step in trainer] == whole.losses
+    mine, theirs = trainer.tensors(), whole.tensors()
+    assert sum(x.size for name, x in theirs.items() if name.startswith("params.")) > 15e6
+    assert mine.keys() == theirs.keys()
+    assert [name for name in theirs if not np.array_equal(mine[name], theirs[name])] == []
+    trainer.run.close()
 
 
 def test_six_hundred_poisons():  # P12
