@@ -10,7 +10,7 @@ from pathlib import Path
 # Before JAX starts, here and in every process a test starts: CPU only, and programs compiled once for all of them.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "tinylm-test-compilations"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # Compiling is most of the work here. Without XLA's fusion emitters and LLVM's optimisations it takes a third of the
 # time. `XLA_FLAGS= pytest` compiles as users do: for a release.
 QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"

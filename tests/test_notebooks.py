@@ -16,10 +16,9 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 LARGEST = 200_000  # bytes of an executed notebook: see P21 of the reliability contract
 # Of training; none of the figures depends on it, only how good they are.
-SECONDS = {"01_train_a_storyteller": 6, "03_a_committee_of_one_layer_minds": 6, "04_memories": 8}
-SECONDS |= {"02_one_point_five_eight_bits": 6}
-SECONDS |= {"06_the_bigram_inside": 6, "07_look_inside": 5}
-SECONDS |= {"05_codebooks": 6, "08_int8_on_a_cpu": 6, "09_adapters": 4}
+SECONDS = {"01_train_a_storyteller": 5, "02_one_point_five_eight_bits": 5, "03_a_committee_of_one_layer_minds": 4}
+SECONDS |= {"04_memories": 6, "05_codebooks": 4, "06_the_bigram_inside": 4, "07_look_inside": 4}
+SECONDS |= {"08_int8_on_a_cpu": 4, "09_adapters": 3}
 
 
 def named(path):
