@@ -204,6 +204,21 @@ def test_steps_in_one_call_change_no_bit(together, log_every, reference, tokens,
     assert digest(trainer) == digest(reference)
 
 
+def test_steps_share_calls_unless_told_otherwise(reference, tokens, tokenizer, monkeypatch):
+    """By default their number doubles while a call takes little time; none reaches over what is due."""
+    monkeypatch.setattr("tinylm.training.CALL", 1e9)
+    calls = {}
+    for each in (0, 1):
+        trainer = train(fresh(tokenizer), tokens, CONFIG.replace(steps_per_call=each, log_every=30))
+        update, counts = trainer.update, []
+        trainer.update = lambda *given, update=update, counts=counts: counts.append(given[4:]) or update(*given)
+        list(trainer)
+        calls[each] = [int(given[0]) if given else 1 for given in counts]
+        assert trainer.losses == reference.losses
+        assert digest(trainer) == digest(reference)
+    assert calls == {0: [1, 1, 2, 4, 8, 8, 6], 1: [1] * 30}
+
+
 def test_steps_in_one_call_with_an_interrupt_and_masks(tokens, tokenizer, tmp_path):  # P3
     """What is due inside a call is done at its step; a stopped run goes on exactly, also one step at a time."""
     config = CONFIG.replace(steps=24, objective="mlm", mask_rate=0.2, accumulate=1, log_every=12, eval_every=8)
