@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import AS_USERS
 from flax import nnx
 
 import tinylm
@@ -324,16 +325,17 @@ def xor(scale, hidden, rates, seeds=16):
         return (net(params, x).argmax(-1) == y).mean()
 
     every = jax.vmap(jax.vmap(learned, (0, None)), (None, 0))
-    return np.asarray(jax.jit(every)(starts, jnp.asarray(rates, jnp.float32)))
+    return np.asarray(jax.jit(every, compiler_options=AS_USERS)(starts, jnp.asarray(rates, jnp.float32)))
 
 
 def test_xor_with_two_inputs_of_noise():
     """The toy of the package of b1.58 Reloaded: the mean solves it with 8 hidden units; the median often stalls there
     (the authors' run at 86.8 percent), less often with twice the width, and not at ten times the rate."""
     assert xor("mean", 8, [0.01]).min() == 1.0
-    slow, fast = (xor("median", 8, [0.01, 0.1]) == 1.0).mean(1)  # shares of 16 seeds; a flip of one bit changes a few
-    wide = (xor("median", 16, [0.01]) == 1.0).mean()
-    assert slow < 0.9 < min(fast, wide)
+    slow, fast = (xor("median", 8, [0.01, 0.1]) == 1.0).mean(1)
+    assert slow < 0.8
+    assert fast == 1.0
+    assert xor("median", 16, [0.01]).min() == 1.0
 
 
 # --- a model's life ---------------------------------------------------------------------------------------------------
