@@ -81,6 +81,8 @@ class Lock:
 
 def _unlock(file: int, owner: int) -> None:
     if os.getpid() == owner:  # a forked child has a copy of the descriptor; unlocking there would unlock its parent
+        with contextlib.suppress(OSError):
+            os.ftruncate(file, 0)  # so that nobody is told of us when the next holder has not signed yet
         fcntl.flock(file, fcntl.LOCK_UN)
     os.close(file)
 
