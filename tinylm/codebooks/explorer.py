@@ -265,9 +265,11 @@ def usage_picture(index: Any) -> Picture:
         lines.append(show.Line(ranks.tolist(), share.tolist(), "", color, opacity=0.8))
         half = int(np.searchsorted(np.cumsum(counts), counts.sum() / 2)) + 1
         told.append([name, len(counts), int((counts == 0).sum()), half])
-    svg = show.chart(lines, x_label="codes, most frequent first", y_label="share of all firings")
+    named = {"x_label": "codes, most frequent first", "y_label": "share of all firings"}
+    svg = show.chart(lines, **named)
     rows = show.table(told, ["codebook", "codes", "never fired", "codes with half of all firings"])
-    return Picture(framed(svg, Markup(rows.html)), rows.text)
+    lines = [line._replace(label=name) for line, name in zip(lines, index.sites, strict=True)]
+    return Picture(framed(svg, Markup(rows.html)), rows.text, show.points(lines, **named))
 
 
 def address(code: Handle) -> str:

@@ -7,7 +7,8 @@ import hashlib
 import json
 from typing import Any
 
-from tinylm.markup import Markup, esc, join, tag
+from tinylm import markup
+from tinylm.markup import Markup, join, tag
 
 STYLE = """
 :root{color-scheme:light dark}
@@ -110,10 +111,6 @@ def page(title: str, about: str, data: Any) -> str:
         f"<header>{header}</header><nav>"
         '<input id="query" type="search" placeholder="search: a word, a label, a site" aria-label="search codes">'
         '<section id="list"></section></nav><main id="view"></main>'
+        f'<script type="application/json" id="data">{spelled}</script><script>{SCRIPT}</script>'
     )
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
-        f'content="{policy}"><meta name="viewport" content="width=device-width"><title>{esc(title)}</title>'
-        f"<style>{STYLE}</style></head><body>{body}"
-        f'<script type="application/json" id="data">{spelled}</script><script>{SCRIPT}</script></body></html>\n'
-    )
+    return markup.page(title, body, style=STYLE, policy=policy)

@@ -29,6 +29,8 @@ from tinylm.config import Sampling
 from tinylm.evaluation import evaluate
 from tinylm.generation import Settings, pick, prompt_ids, tokenizer_of, until_end
 from tinylm.model import Cache
+from tinylm.parts import LayerNorm
+from tinylm.probe.activations import matrix_of
 from tinylm.shards import DataError, check_tokens
 from tinylm.suite.results import Estimate, estimate
 from tinylm.weights import bind, pure
@@ -225,6 +227,50 @@ def codes_for(
             f"no code fires {least} times on {labels.kind} {label!r}: index more text, or lower `least`"
         )
     return found
+
+
+def codes_toward(
+    model: Any, token: int, *, per: int = 1, most: int | None = None, index: Any = None, least: int = 1
+) -> list[Handle]:
+    """The codes that write a token: in every group the `per` that push its logit up most, the strongest first.
+
+    What a code adds to the residual stream is known without running the model; the last norm, its scale held, and the
+    unembedding turn it into logits (direct attribution), of which the mean over the vocabulary is taken off.
+
+    Args:
+        token: its id. most: only so many, over all groups. index: leaves out codes that fired fewer than `least` times
+            in it: nothing ever trained those.
+
+    Raises CodebookError: an id outside the vocabulary, a stream that is no sum (post-norm), a head that is more than a
+    matrix, codes that are not added to the stream, or none left.
+    """
+    c, found = model.config, []
+    books(model)
+    if not 0 <= token < c.vocab:
+        raise CodebookError(f"token = {token}: the vocabulary has ids 0 to {c.vocab - 1}")
+    if c.block in ("post", "embbert") or c.head not in ("tied", "untied"):
+        raise CodebookError(f'codes of a "{c.block}" model with a "{c.head}" head have no direct effect on its logits')
+    read = np.asarray(model.embed.weight().T if c.head == "tied" else model.head.out.weight(), np.float32)
+    wanted = (read[:, token] - read.mean(1)) * np.asarray(model.norm.scale[...], np.float32)
+    wanted -= wanted.mean() if isinstance(model.norm, LayerNorm) else 0.0
+    for path, book in walk(model):
+        own = np.asarray(book.book[...], np.float32)
+        if not re.fullmatch(r"blocks\.\d+(\.attn\.o|\.mlp\.down)?", site(path)):
+            raise CodebookError(f"codes at {site(path)} are not added to the residual stream: none of them writes")
+        groups, codes, wide = own.shape
+        toward = wanted  # by the features that the codes stand in
+        if book.side == "input":
+            toward = np.asarray(matrix_of(book), np.float32) @ wanted
+        pushed = np.einsum("gce,ge->gc", own, toward.reshape(groups, wide))
+        for g in range(groups):
+            if index is not None:
+                fires = fired(index.chosen(site(path), g), codes, np.ones(len(index), bool))
+                pushed[g, fires < least] = -np.inf
+            best = np.argsort(-pushed[g], kind="stable")[:per]
+            found += [(float(pushed[g, i]), (site(path), g, int(i))) for i in best if pushed[g, i] > 0]
+    if not found:
+        raise CodebookError(f"no code pushes token {token} up: leave out `index`, or lower `least`")
+    return [code for _, code in sorted(found, key=lambda pair: -pair[0])][:most]
 
 
 def wilson(hits: np.ndarray, n: np.ndarray, z: float = 1.96) -> np.ndarray:
