@@ -18,7 +18,7 @@ ORDER = """
     config presets native taps world reading text vocabulary tokenizer shards corpus data weights ops parts techniques
     model losses optim spread step planes store formats folder run checkpoint training resuming population speed
     yardsticks evaluation generation markup show quantization suite probe codebooks memory engine classification
-    sharing live story options commands cli __main__
+    sharing live story reporting options commands cli __main__
 """.split()  # noqa: SIM905
 # Rooms that work without JAX, so that a world, a text or a tokenizer can be had in milliseconds.
 LIGHT = ["native", "config", "presets", "world", "reading", "text", "vocabulary", "tokenizer", "shards", "corpus"]

@@ -66,6 +66,7 @@ PUBLIC = {
     "quantize": "quantization",
     "evaluate_suite": "suite",
     "fit": "live",
+    "report": "reporting",
     "Engine": "engine",
     "export": "engine.export",
     "classify": "classification",

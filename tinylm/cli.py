@@ -18,6 +18,7 @@ from tinylm.commands import (
     cmd_evaluate,
     cmd_export,
     cmd_generate,
+    cmd_report,
     cmd_resume,
     cmd_run,
     cmd_serve,
@@ -123,6 +124,14 @@ def build_parser() -> argparse.ArgumentParser:
     separator_option(p)
     p.add_argument("--limit", type=amount, metavar="N", help="only the first N documents, or items of a task")
     p.add_argument("--stride", type=amount, metavar="N", help="tokens between windows (default half the context)")
+
+    p = command("report", cmd_report, "tinylm report runs/story")
+    p.add_argument("folder", metavar="DIR", help="folder of a run")
+    p.add_argument("--out", metavar="FILE", help="the page (default report.html in the run's folder)")
+    p.add_argument("--text", metavar="SOURCE", help="what to score (default the run's own held-out text)")
+    separator_option(p)
+    p.add_argument("--prompt", action="append", metavar="TEXT", help="how a sample begins; may be given again")
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of samples and intervals (default 0)")
 
     p = command("classify", cmd_classify, "tinylm classify runs/bert --data train.jsonl --test test.jsonl --members 4")
     p.add_argument("folder", metavar="DIR", help="folder of a pretrained model, or of a committee")

@@ -144,6 +144,17 @@ def cmd_evaluate(args: argparse.Namespace) -> None:
     report(args, figures, f"{text}\n{found.nats_per_token:.4f} nats per token; {size}")
 
 
+def cmd_report(args: argparse.Namespace) -> None:
+    """Write one HTML page about a run: curves, scores beside their controls, samples, sizes, provenance."""
+    from tinylm.reporting import report as write
+    from tinylm.text import documents
+
+    text = None if args.text is None else documents(args.text, separator=args.separator)
+    asked = {} if args.prompt is None else {"prompts": args.prompt}
+    made = write(args.folder, args.out, text=text, seed=args.seed, **asked)
+    report(args, {"page": str(made.path), **made.figures}, str(made.path))
+
+
 def cmd_classify(args: argparse.Namespace) -> None:
     """Fine-tune a model to tell classes apart, or several as a committee; or score one that can."""
     from tinylm.classification.command import classify_command

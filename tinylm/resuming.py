@@ -70,14 +70,19 @@ def resume(
         run.rewind(step)
         if longer:
             run.change(config)
-        known = set(Step._fields)
-        old = ({name: value for name, value in record.items() if name in known} for record in run.history())
-        trainer.history = [Step(**{"eta": 0.0, "progress": 0.0, **record}) for record in old]
+        trainer.history = logged(run)
         trainer._saved_step = step
         return trainer
     except BaseException:
         run.close()
         raise
+
+
+def logged(run: Run) -> list[Step]:
+    """The steps that a run's log has. Raises CheckpointDamaged."""
+    known = set(Step._fields)
+    kept = ({name: value for name, value in record.items() if name in known} for record in run.history())
+    return [Step(**{"eta": 0.0, "progress": 0.0, **record}) for record in kept]
 
 
 def reopen(

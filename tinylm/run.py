@@ -173,6 +173,12 @@ class Run:
         """The run's tokenizer, read anew. Raises StateMismatch if the file is not the one the run was made with."""
         return read_tokenizer(self.folder, self._config.get("tokenizer"))
 
+    @property
+    def made_with(self) -> dict[str, str]:
+        """The packages, the machine and what else its bits depend on, as they were when it began."""
+        found = {**self._config.get("versions", {}), **(self._config.get("circumstances") or {})}
+        return {name: str(value) for name, value in found.items() if value != ""}
+
     def changes(self) -> list[str]:
         """What the run's bits depend on and is not as it was when it began, as `"NPROC was 2 and is 4"`."""
         then, now = self._config.get("circumstances"), circumstances()

@@ -42,7 +42,8 @@ def table(rows: Sequence[Sequence[object]], header: Sequence[object] = (), title
     lines = [[visible(v).replace("\n", " ") for v in row] for row in ([list(header)] if header else []) + shown]
     widths = [max(len(row[i]) for row in lines if i < len(row)) for i in range(max(map(len, lines), default=0))]
     text = "\n".join("  ".join(v.ljust(w) for v, w in zip(row, widths, strict=False)).rstrip() for row in lines)
-    return Picture(framed(caption, grid), "\n".join(filter(None, [visible(title), text])))
+    numbers = [*([list(header)] if header else []), *map(list, rows)]
+    return Picture(framed(caption, grid), "\n".join(filter(None, [visible(title), text])), numbers)
 
 
 def sample(text: object, title: object = "", *, prompt: str = "") -> Picture:
@@ -100,7 +101,7 @@ def sizes(config: ModelConfig) -> Picture:
     ]
     costs = table([*files, ["arithmetic per token", f"{cost.flops / 1e6:,.2f} MFLOP"]], ["as a file", "size"])
     both = tag("div", Markup(groups.html), Markup(costs.html), style="display:flex;flex-wrap:wrap;gap:8px 48px")
-    return Picture(framed(both), f"{groups.text}\n\n{costs.text}")
+    return Picture(framed(both), f"{groups.text}\n\n{costs.text}", groups.numbers)
 
 
 # --- charts -----------------------------------------------------------------------------------------------------------
@@ -218,6 +219,14 @@ def chart(
     )  # fmt: skip
 
 
+def points(lines: Sequence[Line], levels: Sequence[Level] = (), *, x_label: str, y_label: str) -> list[list[object]]:
+    """The figures behind a chart as rows, the header first; a line without a label is called after its place."""
+    rows: list[list[object]] = [["line", x_label, y_label]]
+    for i, line in enumerate(lines):
+        rows += [[line.label or f"line {i + 1}", x, y] for x, y in zip(line.x, line.y, strict=True)]
+    return rows + [[level.label, "", level.y] for level in levels]
+
+
 def apart(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Places near the wanted ones, in the same order, at least `gap` apart, and inside low..high as far as they fit."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
@@ -237,30 +246,38 @@ def bars(
     """Horizontal bars, the `strong` ones in colour; `floor` is a mark across all of them."""
     finite = [v for v in values.values() if math.isfinite(v)]
     most = max([*finite, floor or 0.0, 1e-9])
-    row = "display:grid;grid-template-columns:9.5em 1fr 4.5em;gap:10px;align-items:center;margin:4px 0"
+    width, row, right = 760, 23, 70
+    left = min(300, max(60, 14 + 7 * max(map(len, map(visible, values)), default=0)))
     parts = []
-    for name, value in values.items():
-        share = max(0.0, value) / most if math.isfinite(value) else 0.0
-        ink = BLUE if name in strong else "rgba(128,128,128,.55)"
-        mark = None
-        if floor is not None:
-            place = f"position:absolute;top:-4px;bottom:-4px;left:{100 * floor / most:.2f}%"
-            mark = tag("div", style=f"{place};border-left:2px dashed {GREEN}")
-        bar = tag("div", style=f"width:{100 * share:.2f}%;height:14px;background:{ink};border-radius:2px")
-        weight = "font-weight:600" if name in strong else None
-        label = tag("div", name, style=";".join(filter(None, ["text-align:right", weight])))
-        parts.append(
-            tag(
-                "div",
-                label,
-                tag("div", bar, mark, style="position:relative"),
-                tag("div", number(value), style=weight),
-                style=row,
-            )
-        )
+    for i, (name, value) in enumerate(values.items()):
+        long = max(0.0, value) / most * (width - left - right) if math.isfinite(value) else 0.0
+        ink = {"fill": BLUE} if name in strong else {"fill": "currentColor", "opacity": 0.35}
+        word = {"font_size": 12.5, "fill": "currentColor", "dominant_baseline": "central", "y": row * i + row / 2}
+        word["style"] = "font-weight:600" if name in strong else None
+        label = tag("text", tag("title", name), cut(name, (left - 14) // 7), x=left - 9, text_anchor="end", **word)
+        bar = tag("rect", x=left, y=row * i + 4, width=round(long, 1), height=row - 8, rx=2, **ink)
+        parts += [label, bar, tag("text", number(value), x=round(left + long, 1) + 7, **word)]
+    if floor is not None:
+        at = round(left + floor / most * (width - left - right), 1)
+        dashed = {"stroke": GREEN, "stroke_width": 2, "stroke_dasharray": "5 4"}
+        parts.append(tag("line", x1=at, x2=at, y1=0, y2=row * len(values), **dashed))
     note = f"{unit}; the dashed line is the floor, {number(floor)}" if floor is not None else unit
+    told = ", ".join(f"{name} {number(value)}" for name, value in values.items())
+    svg = tag(
+        "svg", tag("title", f"{unit}: {told}"), *parts, viewBox=f"0 0 {width} {max(1, row * len(values))}", role="img",
+        aria_label=f"{unit}: {told}", style="display:block;width:100%;height:auto;font-family:inherit",
+    )  # fmt: skip
     text = "\n".join(f"{visible(n)[:24]:24}  {number(v):>8}" for n, v in values.items())
-    return Picture(framed(*parts, tag("div", note, style=f"margin-top:8px;{FAINT}")), f"{text}\n{visible(note)}")
+    rows = [["", unit], *([name, value] for name, value in values.items())]
+    rows += [] if floor is None else [["the floor", floor]]
+    html_ = framed(svg, tag("div", note, style=f"margin-top:8px;{FAINT}"))
+    return Picture(html_, f"{text}\n{visible(note)}", rows)
+
+
+def cut(text: object, length: int) -> str:
+    """At most so many characters, the last one `…` where there were more."""
+    whole = visible(text)
+    return whole if len(whole) <= length else f"{whole[: max(1, length - 1)]}…"
 
 
 # --- a training run ---------------------------------------------------------------------------------------------------
@@ -373,4 +390,6 @@ def run_summary(
     )  # fmt: skip
     text = f"{state} · {line} · " + " · ".join(f"{v} {what}" for v, what in figures)
     below = [textwrap.indent(p.text, "  ") for p in (panel, story) if p is not None]
-    return Picture(html_, "\n".join([visible(text), *below, *map(visible, notes)]))
+    named = [lines[0]._replace(label="training, each step"), *lines[1:]]
+    rows = points(named, levels, x_label="tokens", y_label=c.unit)
+    return Picture(html_, "\n".join([visible(text), *below, *map(visible, notes)]), rows)

@@ -151,6 +151,7 @@ def story(
         f"\n\n{seen:,} tokens in {spent:.0f} s of training; everything is in {folder}\n"
         f"more stories    tinylm generate {folder} --temperature 0.7 --seed 1\n"
         f"go on training  tinylm resume {folder} --budget {spent + 300:.0f}s\n"
+        f"a page about it tinylm report {folder}\n"
         "your own text   tinylm story --text FILE\n"
         "look inside     pip install jupyterlab && jupyter lab notebooks/01_train_a_storyteller.ipynb"
     )

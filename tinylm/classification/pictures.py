@@ -8,11 +8,12 @@ import numpy as np
 
 from tinylm.classification.analysis import Cascade, Point
 from tinylm.markup import FAINT, Markup, Picture, framed, tag, visible
-from tinylm.show import BLUE, GREEN, ORANGE, Level, Line, chart
+from tinylm.show import BLUE, GREEN, ORANGE, Level, Line, chart, cut
 
 __all__ = ["cascade_curve", "confusion_map", "disagreement_map", "k_curve"]
 
 MOST = 40  # classes of a map that are shown
+LONGEST = 14  # letters of a name
 
 
 def k_curve(curves: Mapping[str, Sequence[Point]], levels: Mapping[str, float] | None = None) -> Picture:
@@ -33,7 +34,11 @@ def k_curve(curves: Mapping[str, Sequence[Point]], levels: Mapping[str, float] |
         f"{visible(name)}: " + ", ".join(f"{p.k}: {p.accuracy:.3f} [{p.low:.3f}, {p.high:.3f}]" for p in points)
         for name, points in curves.items()
     ]
-    return Picture(framed(svg), "\n".join([*rows, *(f"{visible(n)}: {v:.3f}" for n, v in (levels or {}).items())]))
+    numbers: list[list[object]] = [["rule", "members", "accuracy", "low", "high"]]
+    numbers += [[name, p.k, p.accuracy, p.low, p.high] for name, points in curves.items() for p in points]
+    numbers += [[name, "", value] for name, value in (levels or {}).items()]
+    text = "\n".join([*rows, *(f"{visible(n)}: {v:.3f}" for n, v in (levels or {}).items())])
+    return Picture(framed(svg), text, numbers)
 
 
 def confusion_map(confusion: np.ndarray, names: Sequence[str], title: str = "") -> Picture:
@@ -61,28 +66,37 @@ def disagreement_map(matrix: np.ndarray, names: Sequence[str] = (), title: str =
 
 
 def _grid(tint: np.ndarray, cells: list[list[str]], names: Sequence[str], title: str, note: str, rgb: str) -> Picture:
-    small = "padding:1px 5px;text-align:right;font-size:11px"
-    head = tag("tr", tag("th", "", style=small), *(tag("th", _short(n), title=n, style=small) for n in names))
-    body = []
-    for name, shares, row in zip(names, np.nan_to_num(tint), cells, strict=True):
-        marked = (
-            tag("td", value, style=f"{small};background:rgba({rgb},{0.75 * min(1.0, max(0.0, float(s))):.2f})")
-            for s, value in zip(shares, row, strict=True)
-        )
-        body.append(tag("tr", tag("th", _short(name), title=name, style=small), *marked, style="background:none"))
-    table = tag("table", tag("thead", head), tag("tbody", *body), style="border-collapse:collapse;margin:0")
+    """Tinted cells with figures in them, as an SVG: rows and columns carry the same names."""
+    short = [cut(name, LONGEST) for name in names]
+    across, down, margin = 32, 19, 8 + round(6.4 * max(map(len, short), default=1))
+    words = {"font_size": 11, "fill": "currentColor", "dominant_baseline": "central"}
+    parts = []
+    for i, name in enumerate(short):
+        y, x = margin + down * (i + 0.5), margin + across * (i + 0.5)
+        whole = tag("title", names[i])
+        parts.append(tag("text", whole, name, x=margin - 6, y=y, text_anchor="end", **words))
+        turn = f"rotate(-90 {x:g} {margin - 6})"
+        parts.append(tag("text", whole, name, x=f"{x:g}", y=margin - 6, transform=turn, **words))
+        for j, (share, value) in enumerate(zip(np.nan_to_num(tint[i]).tolist(), cells[i], strict=True)):
+            at, shade = margin + across * j, round(0.75 * min(1.0, max(0.0, share)), 2)
+            if shade:
+                box = {"x": at, "y": margin + down * i, "width": across - 1, "height": down - 1}
+                parts.append(tag("rect", fill=f"rgb({rgb})", opacity=shade, **box))
+            if value:
+                parts.append(tag("text", value, x=at + across / 2, y=y, text_anchor="middle", **words))
+    width, height = margin + across * len(short), margin + down * len(short)
+    svg = tag(
+        "svg", tag("title", title or note), *parts, viewBox=f"0 0 {width} {height}", role="img",
+        aria_label=title or note, style=f"display:block;width:{width}px;max-width:none;height:auto;font-family:inherit",
+    )  # fmt: skip
     caption = tag("div", tag("b", title), style="margin-bottom:4px") if title else None
-    wide = max((len(_short(n)) for n in names), default=1)
-    lines = [visible(_short(n)).rjust(wide) + " " + " ".join(v.rjust(4) for v in row)
-             for n, row in zip(names, cells, strict=True)]  # fmt: skip
+    wide = max(map(len, short), default=1)
+    lines = [name.rjust(wide) + " " + " ".join(v.rjust(4) for v in row) for name, row in zip(short, cells, strict=True)]
     text = "\n".join(filter(None, [visible(title), *lines, note]))
-    scrolled = tag("div", table, style="overflow-x:auto")
-    return Picture(framed(caption, scrolled, tag("div", note, style=f"margin-top:4px;{FAINT}")), text)
-
-
-def _short(name: object) -> str:
-    text = str(name)
-    return text if len(text) <= 14 else f"{text[:13]}…"
+    scrolled = tag("div", svg, style="overflow-x:auto")
+    below = tag("div", note, style=f"margin-top:4px;{FAINT}")
+    rows: list[list[object]] = [["", *names], *([name, *row] for name, row in zip(names, cells, strict=True))]
+    return Picture(framed(caption, scrolled, below), text, rows)
 
 
 def cascade_curve(found: Cascade, names: tuple[str, str] = ("committee", "deep model")) -> Picture:
@@ -102,4 +116,7 @@ def cascade_curve(found: Cascade, names: tuple[str, str] = ("committee", "deep m
         f"(random {found.random[i]:.3f}, oracle {found.oracle[i]:.3f})"
         for i in some
     )
-    return Picture(framed(Markup(svg), tag("div", visible(note), style=FAINT)), f"{text}\n{visible(note)}")
+    numbers: list[list[object]] = [["MFLOP per text", "deferred", "most unsure", "random", "oracle"]]
+    columns = (found.flops / 1e6, found.share, found.accuracy, found.random, found.oracle)
+    numbers += [list(row) for row in zip(*(column[at].tolist() for column in columns), strict=True)]
+    return Picture(framed(Markup(svg), tag("div", visible(note), style=FAINT)), f"{text}\n{visible(note)}", numbers)

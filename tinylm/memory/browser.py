@@ -90,7 +90,11 @@ def browse(
 
     for node in range(tree.children):
         line(0, node)
-    return Picture(framed(icicle(tree, nodes, depth), *rows), "\n".join(lines))
+    numbers: list[list[object]] = [["level", "cluster", "documents", "typical words"]]
+    for level in range(depth):
+        sizes = np.bincount(nodes[:, level], minlength=tree.children ** (level + 1)).tolist()
+        numbers += [[level, node, size, " ".join(said[level][node])] for node, size in enumerate(sizes) if size]
+    return Picture(framed(icicle(tree, nodes, depth), *rows), "\n".join(lines), numbers)
 
 
 def icicle(tree: Tree, nodes: np.ndarray, depth: int) -> str:

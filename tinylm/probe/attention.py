@@ -122,7 +122,12 @@ def attention_browser(
     note = f"layer.head; each row is a token, coloured where it looks. Large: layer {head[0]} head {head[1]}."
     top = [f"{words[t]} -> {words[int(every[head][t].argmax())]}" for t in range(len(ids))]
     text = visible(f"{note}\n" + "\n".join(top))
-    return Picture(framed(*rows, tag("div", note, style=f"margin:6px 0;{FAINT}"), large), text)
+    numbers: list[list[object]] = [["layer", "head", "token", "looks at", "share"]]
+    for layer in chosen:
+        for h, pattern in enumerate(every[layer]):
+            some = np.argwhere(pattern > least).tolist()
+            numbers += [[layer, h, f"{t} {words[t]}", f"{s} {words[s]}", float(pattern[t, s])] for t, s in some]
+    return Picture(framed(*rows, tag("div", note, style=f"margin:6px 0;{FAINT}"), large), text, numbers)
 
 
 def score_table(scores: dict[str, np.ndarray], most: int = 8) -> show.Picture:

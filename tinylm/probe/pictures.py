@@ -89,4 +89,7 @@ def heat_map(
     where = f"{rows[r] if len(rows) else r}, {columns[c] if len(columns) else c}"
     text = visible(f"{title}: {note}; largest at {where}")
     head = tag("div", tag("b", title), style="margin-bottom:4px") if title else None
-    return Picture(framed(head, svg, tag("div", f"{note}; largest at {where}", style=f"margin-top:4px;{FAINT}")), text)
+    across, down = columns or range(values.shape[1]), rows or range(len(values))
+    numbers = [["", *across], *([name, *row] for name, row in zip(down, values.tolist(), strict=True))]
+    below = tag("div", f"{note}; largest at {where}", style=f"margin-top:4px;{FAINT}")
+    return Picture(framed(head, svg, below), text, numbers)

@@ -97,7 +97,7 @@ class Report:
         notes = [tag("div", note, style=FAINT) for note in self.notes]
         text = [head.text, matrices.text, "" if codes is None else codes.text, *self.notes]
         return Picture(framed(*(tag("div", p, style="margin-bottom:10px") for p in parts if p), *notes),
-                       "\n\n".join(filter(None, text)))  # fmt: skip
+                       "\n\n".join(filter(None, text)), matrices.numbers)  # fmt: skip
 
     def _codes(self) -> Picture | None:
         """Shares of the codes, where all matrices have the same few."""

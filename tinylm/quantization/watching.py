@@ -18,7 +18,7 @@ import numpy as np
 
 from tinylm.markup import FAINT, Markup, Picture, framed, number, tag
 from tinylm.quantization.spec import QuantizationError
-from tinylm.show import BLUE, GREEN, ORANGE, Line, chart, table
+from tinylm.show import BLUE, GREEN, ORANGE, Line, chart, points, table
 from tinylm.techniques import modules
 from tinylm.techniques.rounding import Codes, Rounding
 from tinylm.weights import bind, pure
@@ -140,7 +140,9 @@ class Watched:
         grid = table(rows, ["matrix", "zero", "changed", "sign flipped", "scale, factor"], title)
         drawn = chart(codes, y_label="percent of the codes", x_label="steps", log_x=False)
         drifted = chart(scales[:LINES], y_label="scale moved, factor", x_label="steps", log_x=False)
-        return Picture(framed(drawn, drifted, Markup(grid.html)), grid.text)
+        own = points(codes, x_label="steps", y_label="percent of the codes")
+        own += points(scales, x_label="steps", y_label="")[1:]
+        return Picture(framed(drawn, drifted, Markup(grid.html)), grid.text, own)
 
     def _mean(self, paths: list[str]) -> np.ndarray:
         """(looks, fields of `Look`), the mean over matrices by their size."""
@@ -187,4 +189,4 @@ def heat(values: np.ndarray, title: str) -> Picture:
     )  # fmt: skip
     signs = " .:-=+*#%@"
     text = ["".join(signs[min(9, int(10 * v / most))] if most else " " for v in row) for row in means[::2]]
-    return Picture(framed(tag("div", said, style=FAINT), svg), "\n".join([said, *text]))
+    return Picture(framed(tag("div", said, style=FAINT), svg), "\n".join([said, *text]), means.tolist())
