@@ -49,6 +49,7 @@ WRONG_MODEL = [
     ({"embed_rank": -1}, "embed_rank", "negative"),
     ({"convs": -1}, "convs", "negative"),
     ({"channels": 0}, "channels", "at least 1"),
+    ({"block": "embbert", "heads": 1, "hidden": 128, "kernel": (3,)}, "kernel", "one number"),
     ({"kernel": 0}, "kernel", "at least 1, or a pair"),
     ({"kernel": (3, 3, 3)}, "kernel", "at least 1, or a pair"),
     ({"theta": -1.0}, "theta", "above 0"),

@@ -39,6 +39,7 @@ def output(*command):
 
 def test_one_version():
     assert PROJECT["project"]["version"] == tinylm.__version__
+    assert f"\nversion: {tinylm.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_the_command_starts_where_it_should():

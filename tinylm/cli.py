@@ -59,7 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
             name, help=text, description=text, epilog=f"example: {example}", formatter_class=layout, allow_abbrev=False
         )
         made.add_argument("--json", action="store_true", help="print figures as one json object")
-        made.set_defaults(run=run)
+        made.set_defaults(run=run, parser=made)
         return made
 
     def separator_option(p: argparse.ArgumentParser) -> None:
@@ -233,5 +233,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the `tinylm` command."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     guarded(args.run, args)

@@ -93,7 +93,7 @@ def train_to_the_end(trainer: Any, args: argparse.Namespace) -> None:
     from tinylm.presets import count
     from tinylm.speed import usage
 
-    config, model = trainer.config, trainer.model.config
+    config, model, before = trainer.config, trainer.model.config, trainer.step
     end = f"{config.budget:.0f} s" if config.budget else f"{trainer.steps:,} steps"
     say(f"{count(model):,} parameters: {model.layers} layers of width {model.width}, context {model.context}; {end}")
     fit(trainer, view=TerminalView(sys.stderr), sample_every=0).run()
@@ -106,6 +106,8 @@ def train_to_the_end(trainer: Any, args: argparse.Namespace) -> None:
     if last is not None and last.valid_bits is not None:
         text += f": {last.valid_bits:.4f} bits per byte on held-out windows"
     text += f"; everything is in {folder}\n{used}"
+    if trainer.outcome == "done" and before == trainer.step:
+        text += "\nnothing was left to do; for more give a later end, such as --steps or --budget"
     if trainer.outcome != "done":
         text += f"\ngo on with: tinylm resume {folder}"
     report(args, figures, text)

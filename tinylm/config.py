@@ -286,7 +286,7 @@ class ModelConfig(Config):
                 self.heads == 1 and self.head_width == self.width, "block", "embbert has 1 head of full width"
             )
             self._require(self.hidden % self.width == 0, "hidden", f"of embbert must be a multiple of {self.width}")
-            self._require(len(spans) == 1, "kernel", "of embbert must be one number")
+            self._require(type(self.kernel) is int, "kernel", "of embbert must be one number")
             plain = "rope" not in self._pattern("positions") and not any(self._pattern("window"))
             self._require(plain and self.kind == "encoder", "block", 'embbert is an encoder without "rope" and window')
         if "learned" in self._pattern("positions"):

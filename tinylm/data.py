@@ -391,4 +391,5 @@ def batches_of(tokens: Tokens, config: TrainConfig, model: ModelConfig, tokenize
 
 def alike(one: Batch, other: Batch) -> bool:
     """Whether two batches have the same fields and shapes, so that they can go to the device together."""
-    return all(np.shape(a) == np.shape(b) and (a is None) == (b is None) for a, b in zip(one, other, strict=True))
+    pairs = zip(one, other, strict=True)
+    return all(a is b if a is None or b is None else np.shape(a) == np.shape(b) for a, b in pairs)

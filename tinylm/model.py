@@ -29,12 +29,13 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from tinylm import ops
@@ -108,13 +109,19 @@ def attend(q, k, v, mask, scale, tap: Tap, drop: Callable[[Array], Array]) -> Fl
     return heads.reshape(b, h, t, e).transpose(0, 2, 1, 3)
 
 
-def attend_fused(q, k, v, mask, scale, by="xla", causal=False, window=0) -> Float[Array, "B T H E"]:
+def attend_fused(
+    q, k, v, mask, scale, by: Literal["cudnn", "xla"] = "xla", causal=False, window=0
+) -> Float[Array, "B T H E"]:
     """The same by JAX's function, on a GPU. `causal`, with `window`, stands for the mask that says so."""
-    more = {"is_causal": causal, "local_window_size": (window - 1, 0) if causal and window else None}
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation=by, **more)
+    near = (window - 1, 0) if causal and window else None
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, scale=scale, is_causal=causal, implementation=by, local_window_size=near
+    )
 
 
-def attention_kind(device: tuple[str, float], dtype: Any, width: int, lengths: tuple[int, int], masked: bool) -> str:
+def attention_kind(
+    device: tuple[str, float], dtype: Any, width: int, lengths: tuple[int, int], masked: bool
+) -> Literal["written", "cudnn", "xla"]:
     """Which attention to use: "written" on a CPU; on a GPU "cudnn" (flash attention) where that can, else "xla".
 
     cuDNN's conditions are those of JAX's `check_is_flash_attention`; `width` is a head's, `lengths` are T and S.
@@ -129,7 +136,7 @@ def attention_kind(device: tuple[str, float], dtype: Any, width: int, lengths: t
 
 def device() -> tuple[str, float]:
     """Platform and CUDA compute capability (0: none) of the device that programs are made for."""
-    here = jax.config.jax_default_device or jax.devices()[0]
+    here = jax.config.jax_default_device or jax.devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
     number = re.fullmatch(r"\d+\.\d+", str(getattr(here, "compute_capability", "")))
     return getattr(here, "platform", here), float(number[0]) if number else 0.0
 
@@ -157,7 +164,7 @@ class Attention(nnx.Module):
         q, k, v = (tap(name, split(y)) for name, y in zip("qkv", fan(x, self.q, self.k, self.v), strict=True))
         q, k = self.q_norm(q), self.k_norm(k)
         q, k = (self.place(y, scope.positions, self.theta, self.rotary) for y in (q, k))
-        if past is not None:
+        if past is not None and scope.start is not None:  # a cache gives both
             k, v = write(past[0], k, scope.start), write(past[1], v, scope.start)
         mask = visible(scope, q.shape[1], k.shape[1], self.causal, self.window)
         implied = self.causal and past is None and scope.segments is None  # `causal` says all that the mask does
@@ -281,6 +288,7 @@ class CausalConv(nnx.Module):
 
     def __init__(self, config: ModelConfig):
         # Row j: weight of the position j back.
+        assert isinstance(config.kernel, int)  # ModelConfig lets embbert have no other
         self.kernel = nnx.Param(np.zeros((config.kernel, config.hidden), np.float32))
         self.bias = nnx.Param(np.zeros(config.hidden, np.float32))
         self.down = Linear(config.hidden, config.width, bias=config.bias)
@@ -427,7 +435,7 @@ class Transformer(nnx.Module):
         if cache is not None and self.config.kind == "encoder":
             raise ValueError("an encoder cannot use a cache: every position also sees the later ones")
         if cache is not None:
-            held = 0 if isinstance(cache.length, jax.core.Tracer) else int(np.max(cache.length))  # 0: not known yet
+            held = 0 if isinstance(cache.length, Tracer) else int(np.max(cache.length))  # 0: not known yet
             room = cache.keys[0].shape[1]
             if held + t > room:
                 raise ValueError(f"{t} more tokens do not fit a cache of {room} positions that holds {held}")

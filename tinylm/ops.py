@@ -68,7 +68,7 @@ def native(*arrays: Array) -> bool:
     """Whether operations on these arrays are native here: float32 and bfloat16 on a CPU."""
     if _plainly.value or os.environ.get("TINYLM_PLAIN", "0") not in ("", "0"):
         return False
-    here = jax.config.jax_default_device or jax.devices()[0]
+    here = jax.config.jax_default_device or jax.devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
     if getattr(here, "platform", here) != "cpu" or any(x.dtype not in (jnp.float32, jnp.bfloat16) for x in arrays):
         return False
     return bool(kernels())
@@ -214,7 +214,7 @@ def attention(
     q: Float[Array, "B T H E"],
     k: Float[Array, "B T K E"],
     v: Float[Array, "B T K E"],
-    segments: Int[Array, "B T"] | None,
+    segments: Int[Array | np.ndarray, "B T"] | None,
     sight: Sight,
 ) -> Float[Array, "B T H E"]:
     """Softmax attention of sequences to themselves, with grouped queries; scores exist for a few queries at a time."""
@@ -224,7 +224,7 @@ def attention(
     return _attention(sight, q, k, v, none if segments is None else jnp.asarray(segments, jnp.int32))
 
 
-def _plain_attention(sight: Sight, q: Array, k: Array, v: Array, segments: Array | None) -> Array:
+def _plain_attention(sight: Sight, q: Array, k: Array, v: Array, segments: Any) -> Array:
     b, t, h, e = q.shape
     group = q.reshape(b, t, k.shape[2], -1, e)
     scores = jnp.einsum("btkge,bske->bkgts", group, k, preferred_element_type=jnp.float32) * sight.scale
@@ -257,7 +257,7 @@ def _attention_forward(sight: Sight, q: Array, k: Array, v: Array, segments: Arr
 
 def _attention_backward(sight: Sight, saved: tuple, dout: Array) -> tuple:
     def twin(q, k, v, segments, out, statistics, dout):
-        return list(jax.vjp(lambda *x: _plain_attention(sight, *x, segments), q, k, v)[1](dout))
+        return list(jax.vjp(lambda q, k, v: _plain_attention(sight, q, k, v, segments), q, k, v)[1](dout))
 
     results = [shaped(x.shape, x) for x in saved[:3]]
     return (*call("attention_back", twin, results, *saved, dout, **sight.settings()), None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -133,10 +133,11 @@ def build(recipe: Recipe) -> Rule:
     if recipe.optimizer == "schedule_free":
         rule = schedule_free(recipe)
     else:
-        made = {name: make(recipe) for name, make in DIRECTIONS.items() if name in ("adamw", "lazy", recipe.optimizer)}
+        wanted = ("adamw", "lazy", recipe.optimizer)
+        made: dict[Hashable, Any] = {name: make(recipe) for name, make in DIRECTIONS.items() if name in wanted}
         label = lambda params: {name: group.rule for name, group in groups(params, recipe).items()}  # noqa: E731
         decayed = lambda params: {name: group.decayed for name, group in groups(params, recipe).items()}  # noqa: E731
-        chain = optax.chain(optax.partition(made, label), optax.add_decayed_weights(recipe.weight_decay, decayed))
+        chain: Any = optax.chain(optax.partition(made, label), optax.add_decayed_weights(recipe.weight_decay, decayed))
 
         def update(grads: Any, state: Any, params: Any, rate: jax.Array) -> tuple[Any, Any]:
             direction, state = chain.update(grads, state, params)
@@ -206,7 +207,7 @@ def scale_by_lazy_adam(b1: Any, b2: Any, eps: Any, decay: Any) -> optax.Gradient
         direction, *rest = (jax.tree.unflatten(shape, part) for part in zip(*parts, strict=True))
         return direction, LazyState(*rest)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
 class ScheduleFreeState(NamedTuple):
@@ -299,7 +300,7 @@ def scale_by_muon(beta: float = 0.95) -> optax.GradientTransformation:
                 leaves[i] = done[k]
         return jax.tree.unflatten(shape, leaves), MuonState(momentum)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
 
 
 def orthogonalize(x: Float[Array, "n rows cols"]) -> Float[Array, "n rows cols"]:

@@ -33,7 +33,7 @@ class Linear(nnx.Module):
         return fan(x, self)[0]
 
 
-def fan(x: Float[Array, "*batch inputs"], *maps: nnx.Module) -> tuple[Float[Array, "*batch _"], ...]:
+def fan(x: Float[Array, "*batch inputs"], *maps: Any) -> tuple[Float[Array, "*batch _"], ...]:
     """The outputs of several linear maps of one input."""
     if any(type(m).__call__ is not Linear.__call__ for m in maps):  # one of somebody's own
         return tuple(m(x) for m in maps)

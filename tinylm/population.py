@@ -148,7 +148,7 @@ class Population:
         own = [member._batch(step) for member in self.members]
         if not all(alike(own[0], other) for other in own):  # rare: the masks of one need more room
             own = [batch._replace(picked=None) for batch in own]
-        return Batch(*(None if parts[0] is None else np.stack(parts) for parts in zip(*own, strict=True)))
+        return Batch._make(None if parts[0] is None else np.stack(parts) for parts in zip(*own, strict=True))
 
     def _member(self, i: int) -> Any:
         return jax.tree.map(lambda x: x[i], self._state)
@@ -213,7 +213,7 @@ def train_many(
         ConfigError: configs that differ in what all must share, or not one per model.
     """
     configs = list(configs)
-    sources = list(data) if isinstance(data, list | tuple) else [data] * len(configs)
+    sources: list[Any] = list(data) if isinstance(data, list | tuple) else [data] * len(configs)
     if len(sources) != len(configs):
         raise ConfigError(f"{len(sources)} sources of batches and {len(configs)} configs: give one per member, or one")
     if isinstance(model, ModelConfig):

@@ -285,7 +285,9 @@ def size(config: ModelConfig) -> Size:
     tables += own.get(c.head, [])
     inner = c.layers * sum(a * b for a, b in inside)
     filters = c.width * sum(cells * a * b for cells, a, b in _spans(c))  # an image cell per feature
-    filters += groups["embedding expansion"] + (c.layers * c.hidden * c.kernel if c.block == "embbert" else 0)
+    filters += groups["embedding expansion"]
+    if c.block == "embbert" and isinstance(c.kernel, int):
+        filters += c.layers * c.hidden * c.kernel
     outer = sum(a * b for a, b in tables)
     scales = 4 * (c.layers * sum(b for _, b in inside) + sum(b for _, b in tables))
     rest = 4 * (total - inner - outer)

@@ -165,10 +165,10 @@ def _scores(model: Transformer, train: Tokens | None, valid: Tokens | None, text
     own = evaluate(model, held, seed=seed)
     learned = texts_of(train, tokenizer, LEARNED) if train is not None else []
     others = controls(learned, held, tokenizer, seed)
-    rows: list[list[object]] = [["this model", own.bits_per_byte, span(own.ci95)]]
+    rows: list[list[Any]] = [["this model", own.bits_per_byte, span(own.ci95)]]
     figures = {"evaluation": own.to_dict(), "controls": {}}
     for name, other in others.items():
-        if isinstance(other, float):
+        if not isinstance(other, Evaluation):
             rows.append([name, other, "", f"{other - own.bits_per_byte:+.3f}", ""])
             figures["controls"][name] = {"bits_per_byte": other}
             continue
@@ -221,7 +221,7 @@ def _samples(model: Transformer, prompts: Sequence[str], seed: int) -> Picture:
 
 def _data(kept: Run, model: Transformer, train: Tokens | None, valid: Tokens | None) -> Picture:
     """Where the text came from, and its hashes."""
-    rows: list[list[object]] = []
+    rows: list[list[Any]] = []
     for name, tokens in (("train", train), ("valid", valid)):
         about = kept.data.get(name)
         if tokens is not None:

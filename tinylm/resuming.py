@@ -58,7 +58,8 @@ def resume(
         train_data = reopen(data, run.data.get("train"), run.folder, "data")
         valid_data = reopen(valid, run.data.get("valid"), run.folder, "valid", needed=False)
         trainer = Trainer(model, train_data, config, valid=valid_data, run=run, tracker=tracker)
-        if type(seconds := metadata.get("seconds")) not in (int, float) or not 0 <= seconds < float("inf"):
+        seconds: Any = metadata.get("seconds")
+        if type(seconds) not in (int, float) or not 0 <= seconds < float("inf"):
             raise StateMismatch(f"{run.path(step)} does not say after how many seconds it was saved: {seconds!r}")
         trainer.adopt(tensors, seconds)
         if longer and trainer.progress >= 1.0:

@@ -110,8 +110,8 @@ def sizes(config: ModelConfig) -> Picture:
 class Line(NamedTuple):
     """One curve: `y` over `x`, of equal length; a label gets the last value behind it, none is drawn without one."""
 
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Sequence[float] | np.ndarray
+    y: Sequence[float] | np.ndarray
     label: str = ""
     color: str = "currentColor"
     width: float = 2.0

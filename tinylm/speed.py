@@ -64,11 +64,12 @@ class Usage:
 
 def usage(trainer: Any) -> Usage:
     """What `trainer` has used so far."""
-    first, last = (trainer.history[i] if trainer.history else None for i in (0, -1))
     speed = 0.0
-    if first is not None and last.seconds > first.seconds:
-        speed = (last.tokens - first.tokens) / (last.seconds - first.seconds)
-    device = jax.config.jax_default_device or jax.local_devices()[0]
+    if trainer.history:
+        first, last = trainer.history[0], trainer.history[-1]
+        if last.seconds > first.seconds:
+            speed = (last.tokens - first.tokens) / (last.seconds - first.seconds)
+    device = jax.config.jax_default_device or jax.local_devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
     count = len(jax.devices()) if trainer.layout is not None else 1
     flops = speed * TRAINING * size(trainer.model.config).flops
     return Usage(

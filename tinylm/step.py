@@ -125,7 +125,7 @@ def compiled_update(graph: Any, recipe: optim.Recipe, drops: bool, layout: Layou
     @functools.partial(jax.jit, donate_argnums=0)
     def update(state: State, batches: list[Batch], rates: jax.Array, seed: jax.Array, count: jax.Array | None = None):
         given = jax.tree.map(lambda *x: jnp.stack(x), *batches), rates
-        one = lambda state, given: step(state, *given, seed, {})  # noqa: E731
+        one = lambda state, given: step(state, given[0], given[1], seed, {})  # noqa: E731
         if count is None:
             return jax.lax.scan(one, state, given)
         at = lambda i: jax.tree.map(lambda x: x[i], given)  # noqa: E731

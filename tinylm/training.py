@@ -19,7 +19,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -202,7 +202,7 @@ class Trainer:
                 self.sync()
                 yield step
 
-    def every_step(self) -> Iterator[Step]:
+    def every_step(self) -> Generator[Step, None, None]:
         """Yield after every step and leave the model alone: what a live view drives. `sync` updates the model.
 
         Raises:

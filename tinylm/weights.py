@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 
 def initialize(model: nnx.Module, rngs: nnx.Rngs, std: float) -> None:
@@ -27,7 +28,7 @@ def initialize(model: nnx.Module, rngs: nnx.Rngs, std: float) -> None:
     matter: there they are NaN.
     """
     key, values = rngs.params(), named(model)
-    traced = isinstance(key, jax.core.Tracer)
+    traced = isinstance(key, Tracer)
     words = [] if traced else jax.random.key_data(key).tolist()
     for name, old in values.items():
         if name.rpartition(".")[2] in ("kernel", "table"):  # norms and biases are made as they start

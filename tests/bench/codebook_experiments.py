@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 import tinylm
@@ -47,6 +48,7 @@ class Bench:
             begun = time.perf_counter()
             self.figures[name] = make(*given)
             self.file.write_text(json.dumps(self.figures, indent=1))
+            jax.clear_caches()  # a process may map only so many compiled programs
             print(f"{name} ({time.perf_counter() - begun:.0f} s): {json.dumps(self.figures[name])}", flush=True)
         return self.figures[name]
 
@@ -367,6 +369,20 @@ def run_steer(b: Bench) -> None:
                     return told(rows)
 
                 b.keep(f"steer {what} {per} {seed}", figures)
+            if what == "topics":
+                continue  # no token stands for one
+            for per in (1, 2, 3, 4):
+
+                def written(names=names, per=per, seed=seed, model=model, judge=judge, index=index, has=has) -> dict:
+                    rows = []
+                    for name in names:
+                        token = tokenizer.encode(f"a {name.strip()}")[1]
+                        codes = codebooks.codes_toward(model, token, per=per, index=index, least=5)
+                        rows += codebooks.trial(model, {name: codes}, PROMPTS, has([name]), judge, index=index,
+                                                repeats=10, tokens=64, seed=seed)  # fmt: skip
+                    return told(rows)
+
+                b.keep(f"steer by writing {what} {per} {seed}", written)
 
 
 def told(rows: list[steering.Steering]) -> dict:

@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 
 import jax
-import numpy as np
 
 import tinylm
 from tinylm import TrainConfig, codebooks
@@ -97,7 +96,6 @@ def main() -> None:
     index = codebooks.build(model, some, given.out / f"{kept.name}-index")
     print(f"index of {len(index):,} positions: {time.perf_counter() - begun:.0f} s", flush=True)
     coming = codebooks.token_labels(index, judge.tokenizer, back=-1)
-    counts = np.bincount(coming.values[coming.values >= 0], minlength=len(coming.names))
     results = {}
     for how, per, most in (
         ("fire", 1, None),
@@ -109,12 +107,13 @@ def main() -> None:
         rows = []
         for word in WORDS:
             token = judge.tokenizer.encode(f"a {word}")[1]  # " drag" of " dragon"
-            if how == "write":
-                codes = codebooks.codes_toward(model, token, per=per, most=most, index=index, least=5)
-            elif counts[token] >= 20:
-                codes = codebooks.codes_for(index, coming, coming.names[token], per=per, least=5)
-            else:
-                print(f"{word}: {counts[token]} times in the index: left out")
+            try:
+                if how == "write":
+                    codes = codebooks.codes_toward(model, token, per=per, most=most, index=index, least=5)
+                else:
+                    codes = codebooks.codes_for(index, coming, coming.names[token], per=per, least=5)
+            except codebooks.CodebookError as error:
+                print(f"{word} left out: {error}")
                 continue
             has = lambda texts, word=word: [word if word in t.lower() else "" for t in texts]  # noqa: E731
             rows += codebooks.trial(model, {word: codes}, PROMPTS, has, judge, index=index, repeats=10,

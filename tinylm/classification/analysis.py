@@ -240,9 +240,9 @@ def where_larger_helps(
     found = []
     for part in np.array_split(np.argsort(unsure, kind="stable"), bins):
         if len(part):
-            right = [float((x[part].argmax(-1) == labels[part]).mean()) for x in (mean, deep)]
+            one, two = (float((x[part].argmax(-1) == labels[part]).mean()) for x in (mean, deep))
             gain = float((nll[0][part] - nll[1][part]).mean())
-            found.append(Decile(float(unsure[part].mean()), *right, gain, len(part)))
+            found.append(Decile(float(unsure[part].mean()), one, two, gain, len(part)))
     return found
 
 
@@ -269,4 +269,4 @@ def select_texts(
         raise SetError(f"count = {count}: there are {len(texts)} texts")
     found = coverage(texts, dataset, tokenizer, first=first)
     order = np.argsort(-found if most else found, kind="stable")[:count]
-    return [texts[i] for i in np.sort(order)]
+    return [texts[int(i)] for i in np.sort(order)]

@@ -23,8 +23,8 @@ from tinylm.classification.sets import Dataset, SetError, rows_of
 from tinylm.config import ModelConfig, TrainConfig
 from tinylm.data import Labelled, Masked, Rows, Tokens
 from tinylm.model import Transformer
-from tinylm.population import train_many
-from tinylm.training import train
+from tinylm.population import Population, train_many
+from tinylm.training import Trainer, train
 from tinylm.weights import assign, named, pure
 
 __all__ = [
@@ -157,7 +157,10 @@ def classify_many(
         return [classify_many([m], seeds=[seed], out=place, **given, **settings)[0] for m, seed, place in each]
     begun = time.perf_counter()
     seeds = list(range(len(models)) if seeds is None else seeds)
-    learn, held = dataset.split(valid, seed=split_seed) if isinstance(valid, float) else (dataset, valid)
+    if valid is None or isinstance(valid, Dataset):
+        learn, held = dataset, valid
+    else:
+        learn, held = dataset.split(valid, seed=split_seed)
     classes = len(dataset.names)
     held = None if held is None else held.numbered_as(dataset.names)
     fresh = [
@@ -176,15 +179,17 @@ def classify_many(
     shape = {"batch": config.batch, "length": tokens.shape[1], "pad": filler(lead), "weights": weights}
     sources = [Labelled(rows, learn.labels, seed=seed, **shape) for seed in seeds]
     configs = [config.replace(seed=seed) for seed in seeds]
-    alone = train(lead, sources[0], configs[0], out=out) if len(fresh) == 1 else None
-    population = None if alone else train_many(fresh, sources, configs, out=out)
-    running = alone or population
+    running: Trainer | Population
+    if len(fresh) == 1:
+        running = train(lead, sources[0], configs[0], out=out)
+    else:
+        running = train_many(fresh, sources, configs, out=out)
     inside = None if held is None else encoded(lead, held.texts, tokens.shape[1])
-    members = [alone] if alone else list(population.members)
-    active = lambda: members if alone else population.members  # noqa: E731
+    members = list(running.members) if isinstance(running, Population) else [running]
+    active = lambda: running.members if isinstance(running, Population) else members  # noqa: E731
     kept = [_Kept(score, patience) for _ in members]
     for steps in running:
-        for member, step in zip(active(), [steps] if alone else steps, strict=True):
+        for member, step in zip(active(), steps if isinstance(steps, list) else [steps], strict=True):
             if not kept[members.index(member)].over:
                 settle(member.model, tokens, segments, batch=config.batch)
                 mean = float(np.mean(member.losses[-each:]))

@@ -48,7 +48,7 @@ def confusion_map(confusion: np.ndarray, names: Sequence[str], title: str = "") 
     """
     wrong = confusion.sum(1) - np.diagonal(confusion)
     shown = np.sort(np.argsort(-wrong, kind="stable")[:MOST])
-    part, labels = confusion[np.ix_(shown, shown)], [names[i] for i in shown]
+    part, labels = confusion[np.ix_(shown, shown)], [names[int(i)] for i in shown]
     share = part / np.maximum(confusion[shown].sum(1, keepdims=True), 1)
     cells = [[str(v) if v else "" for v in row] for row in part.tolist()]
     hidden = len(names) - len(shown)

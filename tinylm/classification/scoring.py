@@ -34,10 +34,11 @@ def encoded(model: Transformer, texts: Sequence[str | Sequence[int]], length: in
         raise SetError("one text was given where several are needed: put it in a list")
     if not len(texts):
         raise SetError("no texts were given")
-    if isinstance(texts[0], str):
+    words = [text for text in texts if isinstance(text, str)]
+    if len(words) == len(texts):
         if model.tokenizer is None:
             raise SetError("the model has no tokenizer: give token ids instead of texts")
-        rows = rows_of(texts, model.tokenizer, model.config.kind)
+        rows = rows_of(words, model.tokenizer, model.config.kind)
     else:
         rows = [np.asarray(row, np.int32) for row in texts]
     longest = max(map(len, rows))

@@ -16,11 +16,14 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from tinylm.config import suggest
+
+if TYPE_CHECKING:
+    from _csv import Reader  # what csv.reader gives: it has no public name
 
 __all__ = ["PROTOCOLS", "Dataset", "Protocol", "SetError", "read_set", "rows_of"]
 
@@ -255,7 +258,7 @@ def _file(source: str, text: Any, label: Any, markers: bool, split: str) -> Iter
             raise SetError(f"{source}: {error}") from None
 
 
-def _columns(cells: Iterator[list[str]], text: Any, label: Any) -> Iterator[dict]:
+def _columns(cells: Reader, text: Any, label: Any) -> Iterator[dict]:
     """Rows of a table as mappings: by the names of its first row, or by number where columns were given so."""
     numbered = isinstance(label, int) or isinstance(text, int)
     header = None if numbered else next(cells, [])
@@ -326,7 +329,7 @@ def _hub(name: str, split: str) -> Iterator[Mapping]:
 
     name, _, own = name.partition(":")
     try:
-        rows = datasets.load_dataset(name, own or None, split=split)
+        rows: Any = datasets.load_dataset(name, own or None, split=split)
     except Exception as error:
         raise SetError(f"hf:{name}: {type(error).__name__}: {error}") from error
     kinds = {column: kind.names for column, kind in rows.features.items() if hasattr(kind, "names")}

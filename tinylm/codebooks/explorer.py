@@ -238,7 +238,7 @@ class Explorer:
         def write(_: Any) -> None:
             if listed.value is None:
                 return
-            change = {"ban" if ban.value else "activate": [listed.value]}
+            change: dict[str, Any] = {"ban" if ban.value else "activate": [listed.value]}
             room = self.model.config.context - len(prompt_ids(self.tokenizer, prompt.value))
             try:
                 text = steer(self.model, [prompt.value], tokens=min(60, room), seed=self.seed, **change)[0]
@@ -265,11 +265,11 @@ def usage_picture(index: Any) -> Picture:
         lines.append(show.Line(ranks.tolist(), share.tolist(), "", color, opacity=0.8))
         half = int(np.searchsorted(np.cumsum(counts), counts.sum() / 2)) + 1
         told.append([name, len(counts), int((counts == 0).sum()), half])
-    named = {"x_label": "codes, most frequent first", "y_label": "share of all firings"}
-    svg = show.chart(lines, **named)
+    x_label, y_label = "codes, most frequent first", "share of all firings"
+    svg = show.chart(lines, x_label=x_label, y_label=y_label)
     rows = show.table(told, ["codebook", "codes", "never fired", "codes with half of all firings"])
     lines = [line._replace(label=name) for line, name in zip(lines, index.sites, strict=True)]
-    return Picture(framed(svg, Markup(rows.html)), rows.text, show.points(lines, **named))
+    return Picture(framed(svg, Markup(rows.html)), rows.text, show.points(lines, x_label=x_label, y_label=y_label))
 
 
 def address(code: Handle) -> str:

@@ -117,7 +117,8 @@ def windows(tokens: Tokens, context: int, stride: int) -> Iterator[tuple[int, in
     opens = tokens.end if tokens.begin is None else tokens.begin
     starts = [0]
     if opens is not None:
-        starts = [a + at for a in range(0, len(tokens), BLOCK) for at in np.flatnonzero(tokens[a : a + BLOCK] == opens)]
+        blocks = range(0, len(tokens), BLOCK)
+        starts = [a + at for a in blocks for at in np.flatnonzero(tokens[a : a + BLOCK] == opens).tolist()]
         starts = starts if starts and starts[0] == 0 else [0, *starts]
     for begin, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
         at, seen = begin, begin

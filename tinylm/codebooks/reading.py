@@ -231,7 +231,7 @@ def best_codes(fires: Fires, labels: Labels, *, least: int = 20) -> list[Match]:
             [fired(ids, codes, h) for h in (chosen, ~chosen)],
         )
         f1 = rates(one, all_one[:, None], sizes[0])[2]
-        for c in np.flatnonzero((sizes[0] >= least) & (sizes[1] >= least)):
+        for c in np.flatnonzero((sizes[0] >= least) & (sizes[1] >= least)).tolist():
             code = int(np.argmax(f1[:, c]))
             if c not in found or f1[code, c] > found[c][0]:
                 p, r, f = map(float, rates(two[code, c], all_two[code], sizes[1][c]))

@@ -51,9 +51,9 @@ def _train(sae: SAE, states: Array, k: int, steps: int, batch: int, rate: float)
         sae, opt = carry
         value, grad = jax.value_and_grad(loss)(sae, states[jax.random.randint(key, (batch,), 0, len(states))])
         change, opt = rule.update(grad, opt)
-        sae = optax.apply_updates(sae, change)
-        norm = jnp.linalg.norm(sae.decoder, axis=-1, keepdims=True)
-        return (sae._replace(decoder=sae.decoder / norm), opt), value
+        new: Any = optax.apply_updates(sae, change)
+        norm = jnp.linalg.norm(new.decoder, axis=-1, keepdims=True)
+        return (new._replace(decoder=new.decoder / norm), opt), value
 
     keys = jax.random.split(jax.random.key(1), steps)
     (sae, _), losses = jax.lax.scan(one, (sae, rule.init(sae)), keys)

@@ -147,9 +147,9 @@ def steer_tokens(
         )
     if tokens < 1:
         raise CodebookError(f"tokens = {tokens}: must be at least 1")
-    positions = (0, model.config.context) if positions is None else tuple(positions)
-    if len(positions) != 2 or not 0 <= positions[0] < positions[1]:
-        raise CodebookError(f"positions = {positions}: give the first and the last-plus-one")
+    span = (0, model.config.context) if positions is None else tuple(positions)
+    if len(span) != 2 or not 0 <= span[0] < span[1]:
+        raise CodebookError(f"positions = {span}: give the first and the last-plus-one")
     books(model)
     graph, params = pure(model)
     rows = np.zeros((len(prompts), lengths.max()), np.int32)
@@ -159,7 +159,7 @@ def steer_tokens(
         check_tokens(rows, model.config.vocab, "prompts")
     except DataError as error:
         raise CodebookError(str(error)) from None
-    window = np.array(positions, np.int32)
+    window = np.array(span, np.int32)
     given = Settings.of(sampling or Sampling())
     leaned = leans(model, activate, ban)
     out = np.asarray(_writer(graph)(params, leaned, rows, lengths, given, np.uint32(seed), window, count=tokens))

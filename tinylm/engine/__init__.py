@@ -193,12 +193,9 @@ class Engine:
         many = _is_many(prompt)
         prompts = list(prompt) if many else [prompt]
         starts = [self._ids(one) for one in prompts]
-        stops, prefix = _stops(stop), None
-        texts = []
-        for one in prompts:
-            if not len(one) and prefix is None:
-                prefix = self.prefix
-            texts.append(Text(stops, "" if len(one) else prefix))
+        stops = _stops(stop)
+        prefix = "" if all(len(one) for one in prompts) else self.prefix
+        texts = [Text(stops, "" if len(one) else prefix) for one in prompts]
         pieces = [[one if isinstance(one, str) else self.decode(one)] for one in prompts]
         writing = self._write(starts, tokens, _whole("together", together, 1, 65536), seed, sampling)
         stopped = None
@@ -252,7 +249,7 @@ class Engine:
         rows = self._core.forward([self._ids(one) for one in (text if many else [text])], False)
         return np.concatenate(rows) if many else rows[0][0]
 
-    def embed(self, text: str | Sequence, pooling: str = "mean") -> np.ndarray:
+    def embed(self, text: str | Sequence, pooling: str = "mean") -> np.ndarray | list[np.ndarray]:
         """(D,) features of a text, a list of texts gives (N, D): what the head reads, after the last norm.
 
         pooling: "mean" over the tokens, "first" (BERT's), "last", or "none" for all of them, (T, D) per text.
@@ -274,8 +271,10 @@ class Engine:
             raise ValueError("a text without tokens has no score")
         logs = self._core.score(ids)
         # Without a begin token in front, the first token is given and not scored.
-        given = isinstance(text, str) and self.facts.begin >= 0
-        size = len(text.encode()) if given else len(b"".join(map(self.piece, ids[1:]))) if self._pieces else 0
+        if isinstance(text, str) and self.facts.begin >= 0:
+            size = len(text.encode())
+        else:
+            size = len(b"".join(map(self.piece, ids[1:]))) if self._pieces else 0
         return Score(logs[1:], size)
 
 

@@ -308,8 +308,9 @@ def write(
         FormatError: everything about the model that the format cannot say; then nothing is written. OSError.
     """
     path = Path(path)
-    dtype, embedding = (x and SHORT.get(str(x).lower(), str(x).lower()) for x in (dtype, embedding))
-    embedding = (embedding or ("f16" if dtype.upper() in ggml.TERNARY else dtype)).lower()
+    dtype = SHORT.get(str(dtype).lower(), str(dtype).lower())
+    embedding = str(embedding or ("f16" if dtype.upper() in ggml.TERNARY else dtype)).lower()
+    embedding = SHORT.get(embedding, embedding)
     for given in (dtype, embedding):
         if given not in FILE_TYPES:
             raise FormatError(f"dtype = {given!r}: must be one of {', '.join([*SHORT, *FILE_TYPES])}")

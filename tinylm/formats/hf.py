@@ -33,7 +33,7 @@ from tinylm.tokenizer import Tokenizer
 from tinylm.weights import named
 
 Dtype = Literal["float32", "float16", "bfloat16", "f32", "f16", "bf16"]
-SHORT = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # as GGUF calls them
+SHORT: dict[str, Dtype] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # as GGUF calls them
 ROLES = {"begin": "bos", "end": "eos", "pad": "pad", "mask": "mask", "cls": "cls", "sep": "sep"}  # ours, theirs
 HEADS = ("lm_head.", "embed_out.", "cls.", "classifier.")  # names outside the trunk
 OURS = ("config.json", "generation_config.json", SINGLE, "tokenizer.json", "tokenizer_config.json")
@@ -294,7 +294,7 @@ def write(model: Transformer, folder: PathLike, *, dtype: Dtype = "float32") -> 
         FormatError: no architecture says this model (every reason, for the nearest), or weights exceed the dtype.
         FileExistsError: the folder holds something else. OSError: path, free and needed MB.
     """
-    dtype = SHORT.get(dtype, dtype) if type(dtype) is str else dtype
+    dtype = SHORT[dtype] if type(dtype) is str and dtype in SHORT else dtype
     if dtype not in ("float32", "float16", "bfloat16"):
         raise FormatError(f"dtype = {dtype!r}: must be float32, float16 or bfloat16 (f32, f16, bf16)")
     folder, config = Path(folder), model.config

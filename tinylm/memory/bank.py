@@ -183,7 +183,7 @@ class Bank:
         """Numbers in a row of a level."""
         return 3 * sum(self.values[level]) + len(self.names)
 
-    def _map(self, level: int, kind: str) -> np.ndarray:
+    def _map(self, level: int, kind: str) -> np.memmap:
         path, nodes = self._at(f"level-{level}.{kind}"), self.nodes[level]
         shape, dtype = ((nodes,), np.uint32) if kind == "sums" else ((nodes, self.width(level)), np.float32)
         size = path.stat().st_size

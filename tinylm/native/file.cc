@@ -220,17 +220,17 @@ void File::read_table() {
 void File::map(const char* path) {
     wchar_t wide[32768];
     if (!MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide, 32768))
-        fail(TLM_FILE, "%s: no valid path", path);
+        fail(TLM_FILE, "no valid path");
     const HANDLE file = CreateFileW(wide, GENERIC_READ, FILE_SHARE_READ, nullptr, OPEN_EXISTING, 0, nullptr);
-    if (file == INVALID_HANDLE_VALUE) fail(TLM_FILE, "cannot open %s: error %lu", path, GetLastError());
+    if (file == INVALID_HANDLE_VALUE) fail(TLM_FILE, "cannot be opened: error %lu", GetLastError());
     LARGE_INTEGER size;
     const bool sized = GetFileSizeEx(file, &size) && size.QuadPart > 0;
     const HANDLE mapping = sized ? CreateFileMappingW(file, nullptr, PAGE_READONLY, 0, 0, nullptr) : nullptr;
     CloseHandle(file);
-    if (!mapping) fail(TLM_FILE, "%s: an empty file, or none that can be mapped", path);
+    if (!mapping) fail(TLM_FILE, "an empty file, or none that can be mapped");
     data_ = static_cast<const uint8_t*>(MapViewOfFile(mapping, FILE_MAP_READ, 0, 0, 0));
     CloseHandle(mapping);  // the view keeps it
-    if (!data_) fail(TLM_FILE, "cannot map %s: error %lu", path, GetLastError());
+    if (!data_) fail(TLM_FILE, "cannot be mapped: error %lu", GetLastError());
     size_ = static_cast<size_t>(size.QuadPart);
 }
 
@@ -240,12 +240,14 @@ void File::unmap() { UnmapViewOfFile(data_); }
 
 void File::map(const char* path) {
     const int file = open(path, O_RDONLY | O_CLOEXEC);
-    if (file < 0) fail(TLM_FILE, "cannot open %s: %s", path, std::strerror(errno));
-    struct stat about;
+    if (file < 0) fail(TLM_FILE, "cannot be opened: %s", std::strerror(errno));
+    struct stat about {};
     const bool plain = fstat(file, &about) == 0 && S_ISREG(about.st_mode) && about.st_size > 0;
     if (!plain) {
+        const bool folder = S_ISDIR(about.st_mode);
         close(file);
-        fail(TLM_FILE, "%s: an empty file, or no file", path);
+        if (folder) fail(TLM_FILE, "a folder; the engine runs one file, which `tinylm export FOLDER story.tlm` makes");
+        fail(TLM_FILE, "an empty file, or no file");
     }
     int flags = MAP_PRIVATE;
 #ifdef MAP_POPULATE
@@ -253,7 +255,7 @@ void File::map(const char* path) {
 #endif
     void* data = mmap(nullptr, about.st_size, PROT_READ, flags, file, 0);
     close(file);
-    if (data == MAP_FAILED) fail(TLM_FILE, "cannot map %s: %s", path, std::strerror(errno));
+    if (data == MAP_FAILED) fail(TLM_FILE, "cannot be mapped: %s", std::strerror(errno));
     data_ = static_cast<const uint8_t*>(data);
     size_ = about.st_size;
 }

@@ -109,7 +109,7 @@ def attention_browser(
         sharp = sharp + 1e3 * (every[..., 0].mean(-1) > 0.6)  # heads that rest on the first token say little
         head = divmod(int(np.argmin(sharp[chosen])), model.config.heads)
         head = (chosen[head[0]], head[1])
-    words = [spelled(model.tokenizer, i) for i in ids]
+    words = [spelled(model.tokenizer, i) for i in ids.tolist()]
     rows = []
     for layer in chosen:
         maps = []

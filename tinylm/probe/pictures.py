@@ -85,7 +85,7 @@ def heat_map(
     svg = cells(values, size=440, title=title, words=rows, columns=columns)
     high, low = np.nanmax(values), np.nanmin(values)
     note = f"from {number(low)} to {number(high)} {unit}".strip()
-    r, c = np.unravel_index(int(np.nanargmax(values)), values.shape)
+    r, c = map(int, np.unravel_index(int(np.nanargmax(values)), values.shape))
     where = f"{rows[r] if len(rows) else r}, {columns[c] if len(columns) else c}"
     text = visible(f"{title}: {note}; largest at {where}")
     head = tag("div", tag("b", title), style="margin-bottom:4px") if title else None

@@ -214,11 +214,12 @@ def find(
     own = tuple(name for name in clocks if name.removesuffix(".clock") + ".scores" in scores)
     still |= {name: params[name] for name in clocks if name not in own}
     windows = Windows(data, batch=batch, length=min(length, model.config.context), seed=seed)
-    many = len(sizes) > 1
+    first, *others = sizes
+    many = bool(others)
     update = _update(graph, own, many, target is None, rule == "continuous")
     spread = (lambda x: jnp.broadcast_to(x, (len(sizes), *x.shape))) if many else (lambda x: x)
     state = jax.tree.map(lambda x: spread(jnp.array(x)), (scores, _ADAM.init(scores)))
-    penalties = jnp.asarray(sizes, jnp.float32) if many else jnp.float32(sizes[0])
+    penalties = jnp.asarray(sizes, jnp.float32) if many else jnp.float32(first)
     losses, shares, decided = [], [], np.zeros(len(sizes), bool)
     with ops.plain() if many else contextlib.nullcontext():  # native kernels take members one by one
         for step in range(steps):

@@ -90,7 +90,8 @@ def neurons(
     graph, params = pure(model)
     run, most = _pass(graph, layer), min(most, len(ids))
     kept: list[np.ndarray] = []
-    total, active = 0.0, 0.0
+    total: Any = 0.0
+    active: Any = 0.0
     for at in range(0, len(ids), batch):
         part = ids[at : at + batch]
         filled = np.concatenate([part, np.repeat(part[-1:], min(batch, len(ids)) - len(part), axis=0)])
@@ -125,7 +126,7 @@ def neuron_browser(
     """
     if which is None:
         spread = found.top[:, : max(1, contexts)].mean(1) / (np.abs(found.mean) + 1e-3 * np.abs(found.top).max())
-        which = np.argsort(-np.where(found.active > 1e-3, spread, 0))[:6].tolist()
+        which = [int(n) for n in np.argsort(-np.where(found.active > 1e-3, spread, 0))[:6]]
     if any(not 0 <= n < len(found.mean) for n in which):
         raise DataError(f"neurons {list(which)}: the layer has 0 to {len(found.mean) - 1}")
     parts, lines = [], []

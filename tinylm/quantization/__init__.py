@@ -86,7 +86,7 @@ def quantize(
     if text is not None and not isinstance(text, str | os.PathLike):
         text = list(text)  # read twice
     bits_before = None if text is None else evaluate(model, text).bits_per_byte
-    notes, rows, found = [], dict[str, Row](), dict[str, Edit | dict]()
+    notes, rows, found = [], dict[str, Row](), dict[str, dict[str, Any]]()
     at = lambda path: dict(modules(new))[path]  # noqa: E731
     if any(s.balance != "none" for _, s in chosen.values()):
         seen = inputs_of(new, batches, chosen)
@@ -161,7 +161,7 @@ def frozen(module: Rounding) -> Quantized:
     matrix = codes.dense()
     if not np.isfinite(matrix).all():
         raise EditError("weights that are not finite; load a sound checkpoint")
-    where = plain.table if isinstance(plain, Embedding) else plain.kernel
+    where: Any = plain.table if isinstance(plain, Embedding) else plain.kernel
     where.set_value(matrix.T if isinstance(plain, Embedding) else matrix)
     made = Quantized(
         plain, rngs=nnx.Rngs(0), low=module.low, levels=module.high - module.low + 1, per=module.per,
@@ -219,13 +219,12 @@ def _row(name: str, how: str, made: Quantized, w: np.ndarray, seen: Inputs | Non
 def _dense(model: Any) -> int:
     """Bytes of the model in float32, every matrix as large as what it stands for, with its bias and norm."""
     total = 0
-    inside = {path for path, m in modules(model) if isinstance(m, Rounding)}
+    inside = {path: m for path, m in modules(model) if isinstance(m, Rounding)}
     for name, value in named(model).items():
         if not any(name.startswith(f"{path}.") for path in inside):
             total += 4 * value.size
-    for path, module in modules(model):
-        if path in inside:
-            bias = getattr(module, "bias", None) if not isinstance(root(module), Embedding) else None
-            norm = getattr(module.norm, "scale", None)
-            total += 4 * (module.weight().size + sum(x[...].size for x in (bias, norm) if x is not None))
+    for module in inside.values():
+        bias = getattr(module, "bias", None) if not isinstance(root(module), Embedding) else None
+        norm = getattr(module.norm, "scale", None)
+        total += 4 * (module.weight().size + sum(x[...].size for x in (bias, norm) if x is not None))
     return total

@@ -65,10 +65,9 @@ def adaround(
         x: (rows, inputs) that are read. target: (rows, outputs) to come near; default x @ w.
         steps, rate: of Adam. weight: of the regulariser that drives each choice to 0 or 1, annealed as in the paper.
     """
-    x, w = jnp.asarray(x, jnp.float32), jnp.asarray(w, jnp.float32)
-    target = x @ w if target is None else jnp.asarray(target, jnp.float32)
-    scale, zero = jnp.asarray(scale, jnp.float32), jnp.asarray(zero, jnp.float32)
-    return np.asarray(_adaround(w, scale, zero, x, target, rate, weight, (low, high, steps)))
+    given = [jnp.asarray(value, jnp.float32) for value in (w, scale, zero, x)]
+    aim = given[3] @ given[0] if target is None else jnp.asarray(target, jnp.float32)
+    return np.asarray(_adaround(*given, aim, rate, weight, (low, high, steps)))
 
 
 @functools.partial(jax.jit, static_argnames="fixed")

@@ -46,7 +46,8 @@ def pairs(model: Any, wanted: Mapping[str, Spec]) -> Iterator[Pair]:
         if not isinstance(plain.get(pair.source), RMSNorm | Linear):
             continue  # a technique: codes of its own stay as they are
         kinds = {(wanted[r].balance, wanted[r].alpha) if r in wanted else None for r in pair.readers}
-        if None not in kinds and len(kinds) == 1 and next(iter(kinds))[0] != "none":
+        kind = kinds.pop() if len(kinds) == 1 else None
+        if kind is not None and kind[0] != "none":
             yield pair
 
 

@@ -68,8 +68,8 @@ def rounded(module: Any, spec: Spec, seen: Inputs | None = None) -> Quantized:
         )
         made.put(codes, table=table)
     else:
-        per_cell, *grid = gridded(w, spec)
-        given = (w, *grid)
+        per_cell, scale, middle, low, high = gridded(w, spec)
+        given = (w, scale, middle, low, high)
         if spec.method == "gptq":
             codes = adaptive.gptq(*given, seen.hessian)  # type: ignore[union-attr]
         elif spec.method == "adaround":
@@ -81,7 +81,7 @@ def rounded(module: Any, spec: Spec, seen: Inputs | None = None) -> Quantized:
             half=spec.half, **_inputs_settings(spec),
         )  # fmt: skip
         made.put(codes, *per_cell)
-    if spec.static:
+    if made.step is not None:
         step, zero = static_of(seen, spec)  # type: ignore[arg-type]
         made.step.set_value(jnp.full(1, step, jnp.float32))
         if made.offset is not None:
@@ -95,7 +95,8 @@ def gridded(w: np.ndarray, spec: Spec) -> tuple[list[np.ndarray], np.ndarray, np
     settings = {"kind": spec.range, "percentile": spec.percentile, "half": spec.half}
     found = affine(cells, spec.levels, **settings) if spec.affine else (scales(cells, low, high, **settings),)
     per_cell = [of_cells(x, spec.per, w.shape) for x in found]
-    scale, zero = (*(spread(x, spec.per, len(w)) for x in per_cell), 0.0)[:2]
+    scale = spread(per_cell[0], spec.per, len(w))
+    zero = spread(per_cell[1], spec.per, len(w)) if spec.affine else 0.0
     return per_cell, scale, zero, low, high
 
 

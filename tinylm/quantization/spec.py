@@ -43,7 +43,7 @@ class Spec(Config):
 
     where: str = r"blocks\..*"
     bits: float = 8.0
-    per: str | int = "channel"
+    per: Literal["tensor", "channel"] | int = "channel"
     affine: bool = False
     range: Range = "max"
     percentile: float = 99.9

@@ -88,12 +88,14 @@ class Watched:
 
         Raises QuantizationError where other matrices have codes than before.
         """
-        step = getattr(self.source, "step", len(next(iter(self.history.values()), []))) if step is None else step
+        if step is None:
+            step = int(getattr(self.source, "step", len(next(iter(self.history.values()), []))))
         new, found = {}, look(self.source)
         if self.history and set(found) != set(self.history):
             changed = ", ".join(sorted(set(found) ^ set(self.history)))
             raise QuantizationError(f"matrices began or ceased to have codes ({changed}): make another Watched")
-        for path, (codes, scale, *_) in found.items():
+        for path, kept in found.items():
+            codes, scale = np.asarray(kept.codes), np.asarray(kept.scale)
             signs = np.sign(codes).astype(np.int8)
             if path not in self.history:
                 self.history[path], self._first[path] = [], scale

@@ -54,7 +54,7 @@ class Technique(nnx.Module):
 
     def __init__(self, inner: nnx.Module, *, rngs: nnx.Rngs):
         del rngs
-        self.inner = inner
+        self.inner: Any = inner
 
     @property
     def bias(self) -> Any:
@@ -69,10 +69,11 @@ class Technique(nnx.Module):
         root = self.inner
         while isinstance(root, Technique):
             root = root.inner
-        if not hasattr(self, "weight") or not isinstance(root, Linear | Embedding):
+        weight = getattr(self, "weight", None)
+        if weight is None or not isinstance(root, Linear | Embedding):
             raise EditError(f"{type(self).__name__} is more than a matrix: no plain module can stand for it")
         plain = nnx.clone(root)
-        (plain.kernel if isinstance(plain, Linear) else plain.table).set_value(self.weight())
+        (plain.kernel if isinstance(plain, Linear) else plain.table).set_value(weight())
         return plain
 
 

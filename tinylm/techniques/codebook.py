@@ -258,9 +258,9 @@ def ends(module: Any) -> tuple[int, int]:
     if isinstance(module, Codebook):
         return ends(module.inner)
     if isinstance(module, Linear):
-        return module.kernel.shape
-    if isinstance(module, Technique) and hasattr(module, "weight"):
-        return module.weight().shape
+        return module.kernel[...].shape
+    if isinstance(module, Technique) and (weight := getattr(module, "weight", None)) is not None:
+        return weight().shape
     for first, last in (("up", "down"), ("q", "o"), ("mlp", "mlp")):
         if hasattr(module, first) and hasattr(module, last):
             return ends(getattr(module, first))[0], ends(getattr(module, last))[1]
@@ -354,8 +354,8 @@ class Codebook(Technique):
         ids = self.tap("codes", self.nearest(z, ranked=wants(self.tap, "codes")))
         if not self.on:
             return x
-        out = assembled(self.rule, z, self.book[...].astype(z.dtype), ids).reshape(x.shape)
-        return jnp.where(jnp.isfinite(z).all((-2, -1))[..., None], out, jnp.nan)
+        out: Any = assembled(self.rule, z, self.book[...].astype(z.dtype), ids)
+        return jnp.where(jnp.isfinite(z).all((-2, -1))[..., None], out.reshape(x.shape), jnp.nan)
 
     def __call__(self, x: Float[Array, "*batch D"], *rest: Any, **more: Any) -> Any:
         if self.side == "input":

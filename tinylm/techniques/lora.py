@@ -34,7 +34,7 @@ class Lora(Technique):
         super().__init__(inner, rngs=rngs)
         if not hasattr(inner, "weight"):
             raise EditError(f"a {type(inner).__name__} is more than a matrix: give it LoRA first, or fold it")
-        inputs, outputs = inner.weight().shape
+        inputs, outputs = self.inner.weight().shape
         whole = type(rank) is int and 1 <= rank <= min(inputs, outputs)
         require(whole, "rank", rank, f"must be a whole number from 1 to {min(inputs, outputs)}, a side of the matrix")
         require(alpha > 0, "alpha", alpha, "must be above 0")

@@ -90,7 +90,7 @@ class Mask(Technique):
         self.growth, self.keep, self.noise = growth, keep, noise
         if not hasattr(inner, "weight"):
             raise EditError(f"a {type(inner).__name__} is more than a matrix: mask before it is put on, or fold it")
-        w = inner.weight()
+        w = self.inner.weight()
         if rule == "binary":
             self.scores = Stored((w != 0).astype(jnp.int8))
         else:

@@ -241,7 +241,8 @@ class _Joining:
     """The tap through which KV memory reads the queries and adds to the heads."""
 
     def __init__(self, memory: KVMemory, outer: Tap):
-        self.memory, self.outer, self.q = memory, outer, None
+        self.memory, self.outer = memory, outer
+        self.q: Any = None  # the layer computes it before its heads
 
     def __call__(self, site: str, x: Array) -> Array:
         if site == "heads":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from tinylm import ops
 from tinylm.parts import Embedding, Linear
@@ -58,7 +59,7 @@ class Quantized(Rounding):
         rngs: nnx.Rngs,
         low: int = -127,
         levels: int = 255,
-        per: Per | str = "channel",
+        per: Per | Literal["table"] = "channel",
         affine: bool = False,
         half: bool = False,
         activations: str = "none",
@@ -76,7 +77,7 @@ class Quantized(Rounding):
         )
         require(not (activations != "none" and static), "static", static, 'needs activations="none"')
         super().__init__(
-            inner, rngs=rngs, low=low, high=low + levels - 1, per="tensor" if self.by_table else per,
+            inner, rngs=rngs, low=low, high=low + levels - 1, per="tensor" if per == "table" else per,
             activations=activations, norm=norm, norm_eps=norm_eps,
         )  # fmt: skip
         self.levels, self.affine, self.half, self.static = levels, affine, half, one_of("static", static, STATIC)
@@ -92,7 +93,7 @@ class Quantized(Rounding):
         self.step = Stored(jnp.ones(1)) if static else None
         self.offset = Stored(jnp.zeros(1)) if static == "affine" else None
         self.inner = shell(root(inner))
-        if not isinstance(w, jax.core.Tracer):
+        if not isinstance(w, Tracer):
             self._fill(np.asarray(w, np.float32))
 
     def _fill(self, w: np.ndarray) -> None:
@@ -124,12 +125,12 @@ class Quantized(Rounding):
         self.packed.set_value(jnp.asarray(pack(np.asarray(codes).astype(np.int64) - self.low, self.levels)))
         if self.table is not None:
             self.table.set_value(jnp.asarray(table, jnp.float32))
-            return
-        scale = np.asarray(scale, np.float32)
-        kept = scale.astype(np.float16 if self.half else np.float32)
-        if not np.array_equal(kept.astype(np.float32), scale):
-            raise ValueError("scales that float16 cannot hold: round them before the codes are made")
-        self.scale.set_value(jnp.asarray(kept).reshape(self.scale.shape))
+        if self.scale is not None:
+            scale = np.asarray(scale, np.float32)
+            kept = scale.astype(np.float16 if self.half else np.float32)
+            if not np.array_equal(kept.astype(np.float32), scale):
+                raise ValueError("scales that float16 cannot hold: round them before the codes are made")
+            self.scale.set_value(jnp.asarray(kept).reshape(self.scale.shape))
         if self.zero is not None:
             self.zero.set_value(jnp.asarray(np.asarray(zero), jnp.uint8).reshape(self.zero.shape))
 
@@ -158,12 +159,12 @@ class Quantized(Rounding):
         if self.is_embedding:
             return self.weight()[x]
         x = x if self.norm is None else self.norm(x)
-        x = self._static(x) if self.static else rounded_inputs(x, self.inputs)[0]
+        x = rounded_inputs(x, self.inputs)[0] if self.step is None else self._static(x, self.step[...])
         (y,) = ops.linear(x, self.weight())
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
-    def _static(self, x: jax.Array) -> jax.Array:
-        z, step = x.astype(jnp.float32), self.step[...]
+    def _static(self, x: jax.Array, step: jax.Array) -> jax.Array:
+        z = x.astype(jnp.float32)
         if self.offset is None:
             rounded = jnp.clip(jnp.round(z / step), -127, 127) * step
         else:
@@ -188,7 +189,7 @@ class Quantized(Rounding):
 def concrete(variable: Any) -> Any:
     """The array of a variable: NumPy's, unless it is traced. Unpacking op by op would compile every operation."""
     value = variable[...]
-    return value if isinstance(value, jax.core.Tracer) else np.asarray(value)
+    return value if isinstance(value, Tracer) else np.asarray(value)
 
 
 def shell(plain: Any) -> nnx.Module:

@@ -40,16 +40,16 @@ class Codes(NamedTuple):
     Exporters take these, so that what was trained is what is written: a scale is never found anew.
     """
 
-    codes: Int[Array, "inputs outputs"]
+    codes: Int[Array | np.ndarray, "inputs outputs"]
     """int8 (int16 where they need more)."""
-    scale: Float[Array, "groups outputs_or_1"]
+    scale: Float[Array | np.ndarray, "groups outputs_or_1"]
     """float32: (1, 1) per tensor, (1, outputs) per channel, (groups, outputs) for groups of inputs."""
-    zero: Int[Array, "groups outputs_or_1"] | None = None
+    zero: Int[Array | np.ndarray, "groups outputs_or_1"] | None = None
     """The code that means 0, where that is not 0."""
     group: int = 0
     """Inputs that share a scale, the last group having what is left; 0: all of them."""
 
-    def dense(self) -> Float[Array, "inputs outputs"]:
+    def dense(self) -> Float[Array | np.ndarray, "inputs outputs"]:
         """The weights that the codes stand for, float32."""
         spread = lambda x: x if not self.group else x.repeat(self.group, 0)[: len(self.codes)]  # noqa: E731
         codes = self.codes.astype(np.float32)
@@ -76,9 +76,12 @@ _through.defjvp(lambda primals, tangents: (primals[1], tangents[0]))
 
 
 class Cells(NamedTuple):
-    """A matrix cut into cells that share a scale: `x` is (groups, inputs, outputs), zeros filling the last group."""
+    """A matrix cut into cells that share a scale: `x` is (groups, inputs, outputs), zeros filling the last group.
 
-    x: Float[Array, "groups size outputs"]
+    The arrays are JAX's or NumPy's, as the matrix was.
+    """
+
+    x: Any
     axes: tuple[int, ...]
     """That a cell runs over."""
     sizes: Any
@@ -86,11 +89,11 @@ class Cells(NamedTuple):
     fill: Any
     """Zeros that were added to it, likewise."""
 
-    def sum(self, x: Array) -> Array:
+    def sum(self, x: Any) -> Any:
         """Of every cell, kept as 3 axes."""
         return x.sum(self.axes, keepdims=True)
 
-    def max(self, x: Array) -> Array:
+    def max(self, x: Any) -> Any:
         return x.max(self.axes, keepdims=True)
 
 
@@ -108,8 +111,8 @@ def cut(w: Float[Array | np.ndarray, "inputs outputs"], per: Per) -> Cells:
     return Cells(filled, (1,), sizes, per - sizes)
 
 
-def whole(x: Float[Array, "groups size outputs"], inputs: int) -> Float[Array, "inputs outputs"]:
-    """Cells put together again."""
+def whole(x: Any, inputs: int) -> Any:
+    """Cells put together again: (groups, size, outputs) to (inputs, outputs)."""
     return x.reshape(-1, x.shape[-1])[:inputs]
 
 
@@ -330,11 +333,12 @@ class Rounding(Technique):
         require(good, "per", per, 'must be "tensor", "channel", or how many inputs share a scale')
         real = type(norm_eps) in (int, float) and 0 <= norm_eps < 1
         require(real, "norm_eps", norm_eps, "must be a number from 0 to 1")
-        self.low, self.high, self.per = low, high, per
+        self.low, self.high = low, high
+        self.per: Per = per
         self.inputs = one_of("activations", activations, INPUTS)
         made = NORMS[one_of("norm", norm, NORMS)]
         self.is_embedding = isinstance(root(inner), Embedding)
-        self.norm = None if made is None or self.is_embedding else made(self.inner.weight().shape[0], norm_eps)
+        self.norm: Any = None if made is None or self.is_embedding else made(self.inner.weight().shape[0], norm_eps)
 
     def matrix(self) -> Float[Array, "inputs outputs"]:
         """The floats underneath, always inputs by outputs."""

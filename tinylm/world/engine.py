@@ -236,7 +236,7 @@ class Teller(abc.ABC):
 
     def choose(self, options: Sequence | Dist, weights: Sequence[float | int] | None = None) -> Any:
         """Draw one of the options, with nothing written yet that would tell which."""
-        dist = options if type(options) is Dist else Dist(options, weights)
+        dist = options if isinstance(options, Dist) else Dist(options, weights)
         return dist.options[self.draw(dist)]
 
     def chance(self, probability: float) -> bool:
@@ -271,19 +271,18 @@ class Teller(abc.ABC):
         """Emit the nodes of a template."""
         emit, cast = self.emit, self.cast
         for node in nodes:
-            kind = type(node)
-            if kind is str:
+            if isinstance(node, str):
                 emit(node)
-            elif kind is Slot:
-                name, form, capital, after = node  # type: ignore[misc]
+            elif isinstance(node, Slot):
+                name, form, capital, after = node
                 word = cast[name]
                 if type(word) is Dist:
                     word = self.decide(name, form, capital, after)
                 text = word[form]
                 emit(text[0].upper() + text[1:] if capital else text)
             else:
-                branch = node.branches[self.draw(node.dist, node.prefixes)]  # type: ignore[union-attr]
-                if type(branch) is str:
+                branch = node.branches[self.draw(node.dist, node.prefixes)]
+                if isinstance(branch, str):
                     emit(branch)
                 else:
                     self.write(branch)
