@@ -142,7 +142,9 @@ def test_sizes(capsys):
     assert "token embedding" in out
 
 
-@pytest.mark.parametrize("command", ["story", "tokens", "train", "resume", "evaluate", "generate", "convert", "sizes", "report"])
+@pytest.mark.parametrize(
+    "command", ["story", "tokens", "train", "resume", "evaluate", "generate", "convert", "sizes", "report"]
+)
 def test_help_reads_well(command, capsys):
     status, out, _ = run(command, "--help", capsys=capsys)
     assert status == 0

@@ -87,3 +87,7 @@ def test_codes_that_never_fired_are_left_out(tmp_path):
 def test_what_writes_nothing_is_refused(model, token, message):
     with pytest.raises(CodebookError, match=message):
         steering.codes_toward(model(), token)
+
+
+def test_a_word_is_looked_for_in_any_letters():
+    assert codebooks.containing("Dragon")(["a dragon.", "DRAGONS!", "a drag on"]) == ["Dragon", "Dragon", ""]

@@ -219,6 +219,16 @@ def chart(
     )  # fmt: skip
 
 
+def plot(
+    lines: Sequence[Line], levels: Sequence[Level] = (), *, x_label: str, y_label: str, log_x: bool = True
+) -> Picture:
+    """A `chart` as a picture, with its figures as text and for `save`."""
+    svg = chart(lines, levels, x_label=x_label, y_label=y_label, log_x=log_x)
+    rows = points(lines, levels, x_label=x_label, y_label=y_label)
+    text = "\n".join("  ".join(number(v, 4) if isinstance(v, float) else str(v) for v in row) for row in rows[:40])
+    return Picture(framed(svg), visible(text + (f"\n… {len(rows) - 40:,} more rows" if len(rows) > 40 else "")), rows)
+
+
 def points(lines: Sequence[Line], levels: Sequence[Level] = (), *, x_label: str, y_label: str) -> list[list[object]]:
     """The figures behind a chart as rows, the header first; a line without a label is called after its place."""
     rows: list[list[object]] = [["line", x_label, y_label]]

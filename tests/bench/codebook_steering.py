@@ -115,9 +115,10 @@ def main() -> None:
             except codebooks.CodebookError as error:
                 print(f"{word} left out: {error}")
                 continue
-            has = lambda texts, word=word: [word if word in t.lower() else "" for t in texts]  # noqa: E731
-            rows += codebooks.trial(model, {word: codes}, PROMPTS, has, judge, index=index, repeats=10,
-                                    tokens=given.tokens, seed=given.seed)  # fmt: skip
+            rows += codebooks.trial(
+                model, {word: codes}, PROMPTS, codebooks.containing(word), judge,
+                index=index, repeats=10, tokens=given.tokens, seed=given.seed,
+            )  # fmt: skip
         if not rows:
             continue
         print(how, per, most, steering.table(rows), sep="\n", flush=True)

@@ -25,11 +25,22 @@ from tinylm.codebooks.reading import (
     token_labels,
     world_labels,
 )
-from tinylm.codebooks.steering import Bayes, Steering, codes_for, codes_toward, effects, like, steer, steered, trial
+from tinylm.codebooks.steering import (
+    Bayes,
+    Steering,
+    codes_for,
+    codes_toward,
+    containing,
+    effects,
+    like,
+    steer,
+    steered,
+    trial,
+)
 
 __all__ = [
     "Bayes", "CodebookError", "Explorer", "Fired", "Index", "Labels", "Match", "Steering", "best_codes",
-    "best_neurons", "books", "build", "codes_for", "codes_toward", "contexts", "dead", "effects", "like",
+    "best_neurons", "books", "build", "codes_for", "codes_toward", "containing", "contexts", "dead", "effects", "like",
     "named_codes", "pair_labels", "read", "regex_labels", "start", "steer", "steered", "tapped", "token_labels",
     "trial", "usage", "usage_picture", "wake", "world_labels",
 ]  # fmt: skip

@@ -333,6 +333,11 @@ class Bayes:
         return float(np.mean([a == b for a, b in zip(self(texts), names, strict=True)]))
 
 
+def containing(word: str) -> Callable[[Sequence[str]], list[str]]:
+    """A classifier for `trial`: the word where a text has it, in any letters, else "": the paper's measure."""
+    return lambda texts: [word if word.lower() in text.lower() else "" for text in texts]
+
+
 class Steering(NamedTuple):
     """How texts came out under one treatment.
 
