@@ -23,7 +23,7 @@ from tinylm.codebooks import steering
 from tinylm.techniques.codebook import discretize
 
 PROMPTS = ("Once upon a time", "One day,", "There was a", "Tom and Lily")
-RULES = (("fire", 3, None), ("write", 3, 36), ("write", 1, None), ("write", 3, None))  # codes per head, and in all
+RULES = (("fire", 1), ("fire", 3), ("write", 1), ("write", 3))  # and how many codes per head
 WORDS = ("dragon", "slide", "friend", "flower", "fire", "princess", "baby")
 
 
@@ -97,19 +97,13 @@ def main() -> None:
     print(f"index of {len(index):,} positions: {time.perf_counter() - begun:.0f} s", flush=True)
     coming = codebooks.token_labels(index, judge.tokenizer, back=-1)
     results = {}
-    for how, per, most in (
-        ("fire", 1, None),
-        ("fire", 3, None),
-        ("write", 1, None),
-        ("write", 1, 12),
-        ("write", 3, 36),
-    ):
+    for how, per in RULES:
         rows = []
         for word in WORDS:
             token = judge.tokenizer.encode(f"a {word}")[1]  # " drag" of " dragon"
             try:
                 if how == "write":
-                    codes = codebooks.codes_toward(model, token, per=per, most=most, index=index, least=5)
+                    codes = codebooks.codes_toward(model, token, per=per, index=index, least=5)
                 else:
                     codes = codebooks.codes_for(index, coming, coming.names[token], per=per, least=5)
             except codebooks.CodebookError as error:
@@ -121,8 +115,8 @@ def main() -> None:
             )  # fmt: skip
         if not rows:
             continue
-        print(how, per, most, steering.table(rows), sep="\n", flush=True)
-        results[f"{how} {per} {most}"] = [row._asdict() | {"texts": row.texts[:2]} for row in rows]
+        print(how, per, steering.table(rows), sep="\n", flush=True)
+        results[f"{how} {per}"] = [row._asdict() | {"texts": row.texts[:2]} for row in rows]
         kept.with_suffix(".json").write_text(json.dumps(results, indent=1, default=str))
         jax.clear_caches()
 
