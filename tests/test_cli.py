@@ -83,6 +83,7 @@ def test_resume_goes_on(text, tmp_path, capsys):
     status, out, _ = run("resume", tmp_path / "run", capsys=capsys)
     assert status == 0
     assert "done at step 9" in out
+    assert "nothing was left to do; for more give a later end" in out
 
 
 def test_tokens_are_made_once(text, tmp_path, capsys):
@@ -189,6 +190,13 @@ def test_help_reads_well(command, capsys):
         (["tokens", "{text}", "--out", "{new}", "--vocab", "100"], 1, "100"),
         (["story", "--budget", "5s"], 1, "too short"),
         (["sizes", "--preset", "gpt5"], 1, "no preset 'gpt5'"),
+        (
+            ["generate", "{run}", "--promt", "x"],
+            2,
+            "tinylm generate: unrecognized arguments: --promt x",
+        ),
+        (["run", "{run}", "Once"], 1, "a folder; the engine runs one file, which `tinylm export"),
+        (["report", "{text}"], 1, "is a file, not the folder of a run"),
         (["telescope"], 2, "invalid choice: 'telescope'"),
         ([], 2, "required: COMMAND"),
     ],

@@ -83,6 +83,15 @@ def test_the_figures_behind_it_come_as_csv(tmp_path):
     assert found == [["line", "step", "loss"], ["up", 1, 3.0], ["up", 2, 4.0], ["line 2", 5, 6.0], ["floor", "", 0.5]]
 
 
+def test_a_plot_has_its_figures_in_text_and_file(tmp_path):
+    picture = show.plot([show.Line([1, 10], [0.5, 0.25], "mine")], x_label="tokens", y_label="loss")
+    assert picture.text.splitlines() == ["line  tokens  loss", "mine  1  0.5000", "mine  10  0.2500"]
+    assert picture.save(tmp_path / "p.csv").read_text().splitlines()[1:] == ["mine,1,0.5", "mine,10,0.25"]
+    assert len(ET.parse(picture.save(tmp_path / "p.svg")).getroot()) == 1
+    long = show.plot([show.Line(range(1, 99), range(1, 99), "l")], x_label="x", y_label="y")
+    assert long.text.endswith("… 59 more rows")
+
+
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-x", "@SUM(A1)", "\tx", "\rx"])
 def test_no_cell_becomes_a_formula(text):  # P23
     (row,) = csv.reader(io.StringIO(table_of([[text, -1.5]]), newline=""))

@@ -170,6 +170,8 @@ def _mapped(path: Path) -> np.ndarray:
     try:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
+            if stat.S_ISDIR(os.fstat(file).st_mode):
+                raise Flaw("a folder; the engine runs one file, which `tinylm export FOLDER story.tlm` makes")
             raise Flaw("it is not a regular file")
         if status.st_size < TABLE:
             raise Flaw(f"it has {status.st_size} bytes, too few for a header")
