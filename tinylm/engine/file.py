@@ -170,7 +170,7 @@ def _mapped(path: Path) -> np.ndarray:
     try:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
-            if stat.S_ISDIR(os.fstat(file).st_mode):
+            if stat.S_ISDIR(status.st_mode):
                 raise Flaw("a folder; the engine runs one file, which `tinylm export FOLDER story.tlm` makes")
             raise Flaw("it is not a regular file")
         if status.st_size < TABLE:
