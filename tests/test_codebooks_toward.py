@@ -76,6 +76,27 @@ def test_codes_that_never_fired_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"token": "a"}, "token = 'a'"),
+        ({"per": 0}, "per = 0: must be at least 1"),
+        ({"most": 0}, "most = 0"),
+        ({"least": 0.5}, "least = 0.5"),
+    ],
+)
+def test_what_cannot_be_asked(given, message):
+    with pytest.raises(CodebookError, match=message):
+        codebooks.codes_toward(coded(), **{"token": 1, **given})
+
+
+def test_an_index_of_another_model_is_refused(tmp_path):
+    ids = np.random.default_rng(1).integers(1, 60, 120)
+    index = codebooks.build(coded(("mlp",)), tinylm.Tokens.from_array(ids, vocab=60, end=0), tmp_path / "i")
+    with pytest.raises(CodebookError, match="no codes at blocks.0.attn.o: another model's"):
+        codebooks.codes_toward(coded(), 7, index=index)
+
+
+@pytest.mark.parametrize(
     ("model", "token", "message"),
     [
         (lambda: coded(), 60, r"token = 60: the vocabulary has ids 0 to 59"),

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from tinylm.cli import main
 from tinylm.config import ConfigError, ModelConfig, TrainConfig
 from tinylm.evaluation import evaluate, evaluate_floor
 from tinylm.markup import Picture, drawing, lines_of, table_of
+from tinylm.store import CheckpointDamaged
+from tinylm.yardsticks import EvaluationError
 
 PAYLOADS = ["</svg><script>alert(1)</script>", "a & b < c", "‮x", '"><img src=x onerror=alert(1)>', "]]>"]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -197,30 +200,53 @@ def test_a_split_comes_back_as_its_documents(run):
     assert some == held[: len(some)]
 
 
-def test_a_run_whose_shards_are_gone_says_so(run, tmp_path):
-    import shutil
+@pytest.fixture
+def copied(run, tmp_path):
+    """The run's folder once more, to be spoilt."""
+    return Path(shutil.copytree(run[0].run.folder, tmp_path / "copied"))
 
-    trainer, _ = run
-    moved = tmp_path / "moved"
-    shutil.copytree(trainer.run.folder, moved)
-    shutil.rmtree(moved / "data")
-    page = tinylm.report(moved)
-    assert "no longer at data" in page.text
+
+def test_a_run_whose_shards_are_gone_says_so(copied):
+    shutil.rmtree(copied / "data")
+    page = tinylm.report(copied)
+    assert "no split 'train' in" in page.text
     assert "evaluation" not in page.figures
+
+
+def test_a_run_whose_shards_have_changed_says_so(copied):
+    shutil.rmtree(copied / "data")
+    tinylm.write_tokens(["Another text."] * 9, tinylm.Tokenizer.load(copied / "tokenizer.json"), copied / "data")
+    page = tinylm.report(copied)
+    assert "has changed: sha256 was" in page.text
+    assert "evaluation" not in page.figures
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['{"step": 0}', '{"step": 9}', '{"step": "<b>", "loss": 1}', '{"step": 9, "loss": "1", "tokens": 1, "seconds": 1}'],
+)
+def test_a_log_that_says_nonsense_is_damaged(copied, line):
+    log = copied / "run.jsonl"
+    log.write_text(log.read_text() + line + "\n")
+    with pytest.raises(CheckpointDamaged, match=r"run\.jsonl line \d+ is damaged"):
+        tinylm.report(copied)
 
 
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        (lambda run: (run, "page.pdf"), ConfigError, "ends in .html"),
-        (lambda run: (run.model,), ConfigError, "a report is about a run folder"),
-        (lambda run: (Path("/nowhere/at/all"),), FileNotFoundError, "/nowhere/at/all"),
-        (lambda run: (run.run.folder / "data",), FileNotFoundError, "data"),
+        ({"path": "page.pdf"}, ConfigError, "ends in .html"),
+        ({"text": []}, EvaluationError, "nothing in it to score"),
+        ({"seed": "1"}, ConfigError, "seed = '1'"),
+        ({"extra": {"a": "b"}}, ConfigError, "give pictures of the kit"),
+        ({"extra": {"How it went": show.bars({"a": 1.0})}}, ConfigError, "has already"),
+        ({"run": 3}, ConfigError, "a report is about a run folder"),
+        ({"run": Path("/nowhere/at/all")}, FileNotFoundError, "/nowhere/at/all"),
     ],
 )
 def test_what_has_no_report(run, given, error, message):
     with pytest.raises(error, match=message):
-        tinylm.report(*given(run[0]))
+        tinylm.report(**{"run": run[0], **given})
 
 
 def test_the_command(run, tmp_path, capsys):

@@ -28,6 +28,7 @@ from tinylm.presets import count
 from tinylm.resuming import logged, reopen
 from tinylm.run import Run
 from tinylm.shards import DataError, Tokens
+from tinylm.store import StateMismatch
 from tinylm.story import HELD_OUT, NAMES, read_some
 from tinylm.text import documents
 from tinylm.tokenizer import Tokenizer
@@ -72,10 +73,16 @@ def report(
     target = folder / "report.html" if path is None else Path(path)
     if target.suffix.lower() != ".html":
         raise ConfigError(f"path = {os.fspath(target)!r}: a report is a page, give a name that ends in .html")
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if type(seed) is not int or not 0 <= seed < 2**32 - len(prompts):
+        raise ConfigError(f"seed = {seed!r}: must be a whole number from 0 to 2^32 - 1")
+    for title, picture in (extra or {}).items():
+        if not isinstance(picture, Picture):
+            raise ConfigError(f"extra = {{{title!r}: {picture!r:.40}}}: give pictures of the kit")
     kept = Run.open(folder)
     step, _, _, notes = kept.restore()
     model = load(kept.path(step))
-    train, valid = (_split(kept, name) for name in ("train", "valid"))
+    (train, no_train), (valid, no_valid) = (_split(kept, name) for name in ("train", "valid"))
     past = _past(kept, model, step, train, valid)
     scores = _scores(model, train, valid, text, seed)
     sections = {"How it went": show.run_summary(past, floor=scores.floor, baselines=scores.controls, notes=notes)}
@@ -83,9 +90,14 @@ def report(
     if model.config.kind == "decoder" and model.tokenizer is not None:
         sections["What it writes"] = _samples(model, prompts, seed)
     sections["Where its parameters are"] = show.sizes(model.config)
-    sections["What it read"] = _data(kept, model, train, valid)
+    sections["What it read"] = _data(
+        kept, model, {"train": no_train if train is None else train, "valid": no_valid if valid is None else valid}
+    )
     sections["How it was made"] = _settings(kept)
-    sections |= extra or {}
+    for title, picture in (extra or {}).items():
+        if title in sections:
+            raise ConfigError(f"extra has {title!r}, which the page has already: give it a title of its own")
+        sections[title] = picture
     lead = f"{model.config.kind}, {count(model.config):,} parameters, step {step:,}"
     name = folder.absolute().name
     inside = framed(lead, *(tag("div", tag("h2", title), Markup(part.html)) for title, part in sections.items()))
@@ -109,12 +121,13 @@ def _folder(run: Any) -> Path:
     return kept.folder
 
 
-def _split(kept: Run, name: str) -> Tokens | None:
-    """The tokens of a split; None where the run does not say, or they are no longer there."""
+def _split(kept: Run, name: str) -> tuple[Tokens | None, str]:
+    """The tokens of a split; or None, and why they cannot be had."""
     try:
-        return reopen(None, kept.data.get(name), kept.folder, name, needed=False)
-    except DataError:
-        return None
+        found = reopen(None, kept.data.get(name), kept.folder, name, needed=False)
+    except (DataError, StateMismatch) as error:
+        return None, str(error)
+    return found, "" if found is not None else "made in memory" if kept.data.get(name) else "none"
 
 
 def _past(kept: Run, model: Transformer, step: int, train: Tokens | None, valid: Tokens | None) -> Any:
@@ -160,6 +173,8 @@ def _scores(model: Transformer, train: Tokens | None, valid: Tokens | None, text
     held = texts_of(valid, tokenizer, HELD_BYTES) if text is None and valid is not None else []
     held, _ = read_some(held if text is None else documents(text), HELD_BYTES)
     held = held[:HELD_OUT]
+    if text is not None and not any(held):
+        raise EvaluationError("text: there is nothing in it to score")
     if not held:
         return Scores({}, {}, None, {})
     own = evaluate(model, held, seed=seed)
@@ -177,7 +192,7 @@ def _scores(model: Transformer, train: Tokens | None, valid: Tokens | None, text
         figures["controls"][name] = {**other.to_dict(), "above_this_model": dataclasses.asdict(gap)}
     values = {str(row[0]): float(row[1]) for row in rows}
     floor = values.pop("the floor", None)
-    sizes = f"{own.documents:,} documents, {own.bytes:,} bytes"
+    sizes = f"{own.documents:,} document{'s' * (own.documents > 1)}, {own.bytes:,} bytes"
     seen = f"; n-grams learned from {sum(len(t.encode()) for t in learned) / 1e6:.1f} MB" if learned else ""
     bars = show.bars(values, unit=f"bits per byte of {sizes}{seen}", strong=["this model"], floor=floor)
     header = ["", "bits per byte", "95 % interval", "above this model", "95 % interval"]
@@ -219,19 +234,17 @@ def _samples(model: Transformer, prompts: Sequence[str], seed: int) -> Picture:
     return Picture(framed(*(Markup(one.html) for one in told)), "\n\n".join(one.text for one in told))
 
 
-def _data(kept: Run, model: Transformer, train: Tokens | None, valid: Tokens | None) -> Picture:
-    """Where the text came from, and its hashes."""
+def _data(kept: Run, model: Transformer, splits: Mapping[str, Tokens | str]) -> Picture:
+    """Where the text came from, and its hashes; or why it cannot be had."""
     rows: list[list[Any]] = []
-    for name, tokens in (("train", train), ("valid", valid)):
-        about = kept.data.get(name)
-        if tokens is not None:
+    for name, tokens in splits.items():
+        if isinstance(tokens, str):
+            rows.append([name, tokens])
+        else:
             counts = f"{tokens.documents:,} documents, {tokens.bytes:,} bytes, {len(tokens):,} tokens"
             rows += [[name, counts], [f"{name} sha256", tokens.sha256]]
-        elif about:
-            rows += [[name, f"no longer at {about.get('folder')}"], [f"{name} sha256", about.get("sha256")]]
-        else:
-            rows.append([name, "made in memory" if name == "train" else "none"])
-    if train is not None and train.folder is not None and (train.folder / "provenance.json").is_file():
+    train = splits["train"]
+    if isinstance(train, Tokens) and train.folder is not None and (train.folder / "provenance.json").is_file():
         rows += [["source", source] for source in opened(train.folder).about.get("wish", {}).get("sources", [])]
     if (tokenizer := model.tokenizer) is not None:
         rows += [["tokenizer", f"{tokenizer.vocab:,} tokens"], ["tokenizer sha256", tokenizer.sha256]]

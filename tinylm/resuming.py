@@ -81,9 +81,17 @@ def resume(
 
 def logged(run: Run) -> list[Step]:
     """The steps that a run's log has. Raises CheckpointDamaged."""
-    known = set(Step._fields)
-    kept = ({name: value for name, value in record.items() if name in known} for record in run.history())
-    return [Step(**{"eta": 0.0, "progress": 0.0, **record}) for record in kept]
+    steps = []
+    for number, record in enumerate(run.history(), 1):
+        own = {"eta": 0.0, "progress": 0.0, **{name: record[name] for name in Step._fields if name in record}}
+        missing = [name for name in Step._fields if name not in own and name not in Step._field_defaults]
+        odd = [name for name, value in own.items() if type(value) not in (int, float, type(None))]
+        odd += [name for name in ("step", "tokens", "seconds") if own.get(name, 0) is None]
+        if missing or odd or type(own["step"]) is not int or own["step"] < 1:
+            what = ", ".join([*missing, *odd]) or "step"
+            raise CheckpointDamaged(f"{run.folder / 'run.jsonl'} line {number} is damaged: {what} missing or no number")
+        steps.append(Step(**own))
+    return steps
 
 
 def reopen(

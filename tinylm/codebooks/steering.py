@@ -246,8 +246,11 @@ def codes_toward(
     """
     c, found = model.config, []
     books(model)
-    if not 0 <= token < c.vocab:
-        raise CodebookError(f"token = {token}: the vocabulary has ids 0 to {c.vocab - 1}")
+    if not isinstance(token, int | np.integer) or not 0 <= token < c.vocab:
+        raise CodebookError(f"token = {token!r}: the vocabulary has ids 0 to {c.vocab - 1}")
+    for name, value in (("per", per), ("most", most), ("least", least)):
+        if value is not None and (type(value) is not int or value < 1):
+            raise CodebookError(f"{name} = {value!r}: must be at least 1")
     if c.block in ("post", "embbert") or c.head not in ("tied", "untied"):
         raise CodebookError(f'codes of a "{c.block}" model with a "{c.head}" head have no direct effect on its logits')
     read = np.asarray(model.embed.weight().T if c.head == "tied" else model.head.out.weight(), np.float32)
@@ -258,6 +261,10 @@ def codes_toward(
         if not re.fullmatch(r"blocks\.\d+(\.attn\.o|\.mlp\.down)?", site(path)):
             raise CodebookError(f"codes at {site(path)} are not added to the residual stream: none of them writes")
         groups, codes, wide = own.shape
+        if index is not None and index.codes.get(site(path)) != codes:
+            raise CodebookError(
+                f"the index has {index.codes.get(site(path), 'no')} codes at {site(path)}: another model's"
+            )
         toward = wanted  # by the features that the codes stand in
         if book.side == "input":
             toward = np.asarray(matrix_of(book), np.float32) @ wanted
