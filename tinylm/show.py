@@ -257,14 +257,14 @@ def bars(
     finite = [v for v in values.values() if math.isfinite(v)]
     most = max([*finite, floor or 0.0, 1e-9])
     width, row, right = 760, 23, 70
-    left = min(300, max(60, 14 + 7 * max(map(len, map(visible, values)), default=0)))
+    left = min(318, max(60, 14 + 8 * max(map(len, map(visible, values)), default=0)))
     parts = []
     for i, (name, value) in enumerate(values.items()):
         long = max(0.0, value) / most * (width - left - right) if math.isfinite(value) else 0.0
         ink = {"fill": BLUE} if name in strong else {"fill": "currentColor", "opacity": 0.35}
         word = {"font_size": 12.5, "fill": "currentColor", "dominant_baseline": "central", "y": row * i + row / 2}
         word["style"] = "font-weight:600" if name in strong else None
-        label = tag("text", tag("title", name), cut(name, (left - 14) // 7), x=left - 9, text_anchor="end", **word)
+        label = tag("text", tag("title", name), cut(name, (left - 14) // 8), x=left - 9, text_anchor="end", **word)
         bar = tag("rect", x=left, y=row * i + 4, width=round(long, 1), height=row - 8, rx=2, **ink)
         parts += [label, bar, tag("text", number(value), x=round(left + long, 1) + 7, **word)]
     if floor is not None:
