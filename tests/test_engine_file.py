@@ -275,7 +275,7 @@ def test_hostile_files_with_right_sums(case, sound, tmp_path):  # P27
 def test_what_is_no_file_of_the_engine(sound, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file '.*none\.tlm'"):
         file.read(tmp_path / "none.tlm")
-    with pytest.raises(FormatError, match="not a regular file"):
+    with pytest.raises(FormatError, match="a folder; the engine runs one file, which `tinylm export"):
         file.read(tmp_path)
     os.mkfifo(tmp_path / "pipe.tlm")
     with pytest.raises(FormatError, match="not a regular file"):

@@ -40,7 +40,7 @@ def ratio(array, base=None):
 # --- round trips ------------------------------------------------------------------------------------------------------
 
 dtypes = st.sampled_from(list(DTYPES.values()))
-shapes = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=6)
+shapes = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5)
 
 
 def of_bytes(dtype, shape):
