@@ -61,7 +61,7 @@ def kernels() -> str:
     return name
 
 
-TARGETS = ("linear", "linear_dx", "linear_dw", "loss", "attention", "attention_back")
+TARGETS = ("linear", "linear_dx", "linear_dw", "loss", "attention", "attention_back", "orthogonalize")
 
 
 def native(*arrays: Array) -> bool:
@@ -132,6 +132,41 @@ def _linear_backward(saved: tuple[Array, tuple[Array, ...]], dy: tuple[Array, ..
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
+
+
+# --- Muon's step ---
+
+QUINTIC = 3.4445, -4.7750, 2.0315  # of Jordan et al. 2024: fast towards 1, and no nearer than 0.7 to 1.2
+ITERATIONS = 5
+
+
+def orthogonalize(x: Float[Array, "n rows cols"]) -> Float[Array, "n rows cols"]:
+    """Every singular value of every matrix pushed towards 1 by five quintic Newton-Schulz steps (Jordan et al. 2024).
+
+    As there, factors of products are rounded to bfloat16: the result is rough by design, and the step twice as fast.
+    Their sums, and everything between the products, are float32.
+    """
+    tall = x.shape[1] > x.shape[2]
+    x = (x.mT if tall else x).astype(jnp.float32)
+    if native(x):
+        a, b, c = map(np.float32, QUINTIC)
+        (x,) = call("orthogonalize", _orthogonalize, [shaped(x.shape, x)], x, a=a, b=b, c=c, steps=ITERATIONS)
+    else:
+        (x,) = _orthogonalize(x)
+    return x.mT if tall else x
+
+
+def _orthogonalize(x: Array) -> list[Array]:
+    def product(a: Array, b: Array) -> Array:
+        rounded = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+        return jnp.matmul(*rounded, preferred_element_type=jnp.float32)
+
+    a, b, c = QUINTIC
+    x = x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-8)
+    for _ in range(ITERATIONS):
+        square = product(x, x.mT)
+        x = a * x + product(b * square + c * product(square, square), x)
+    return [x]
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
+from tinylm import ops
 from tinylm.config import ConfigError, TrainConfig, path_rate
 
 
@@ -295,23 +296,12 @@ def scale_by_muon(beta: float = 0.95) -> optax.GradientTransformation:
         for i, leaf in enumerate(leaves):
             stacks.setdefault(leaf.shape, []).append(i)
         for size, members in stacks.items():
-            done = orthogonalize(jnp.stack([leaves[i] for i in members])) * (0.2 * max(size) ** 0.5)
+            done = ops.orthogonalize(jnp.stack([leaves[i] for i in members])) * (0.2 * max(size) ** 0.5)
             for k, i in enumerate(members):
                 leaves[i] = done[k]
         return jax.tree.unflatten(shape, leaves), MuonState(momentum)
 
     return optax.GradientTransformation(init, update)  # pyright: ignore[reportArgumentType]
-
-
-def orthogonalize(x: Float[Array, "n rows cols"]) -> Float[Array, "n rows cols"]:
-    """Every singular value pushed towards 1 by five quintic Newton-Schulz steps (Jordan et al. 2024)."""
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
-    x = x / (jnp.linalg.norm(x, axis=(1, 2), keepdims=True) + 1e-8)
-    for _ in range(5):
-        square = x @ x.mT
-        x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-    return x.mT if tall else x
 
 
 def clipped(grads: Any, norm: jax.Array, largest: float) -> Any:

@@ -36,6 +36,8 @@ public:
             if (spins > 1000) std::this_thread::yield();
     }
 
+    long count() const { return count_; }
+
 private:
     struct Job {
         Job(long count, void (*body)(void*, long), void* context) : count(count), body(body), context(context) {}
@@ -217,6 +219,32 @@ void attention_back(const xla::Frame& frame) {
     table()->attention_back(x, threads);
 }
 
+// Argument x, result of its shape: a matrix per member. Enough members take a thread each, fewer share all threads.
+void orthogonalize(const xla::Frame& frame) {
+    const Array x(&frame.arg(0)), out(&frame.result(0));
+    Threads threads(frame);
+    const auto one = [&](long member, Pool& pool) {
+        Orthogonal o = {};
+        o.rows = x.rows;
+        o.columns = x.columns;
+        o.x = reinterpret_cast<const float*>(x.at(member));
+        o.out = reinterpret_cast<float*>(out.at(member));
+        o.a = frame.setting<float>("a");
+        o.b = frame.setting<float>("b");
+        o.c = frame.setting<float>("c");
+        o.steps = int(frame.setting<int64_t>("steps"));
+        table()->orthogonalize(o, pool);
+    };
+    if (x.members < threads.count()) {
+        for (long member = 0; member < x.members; member++) one(member, threads);
+        return;
+    }
+    threads.each(x.members, [&](long member) {
+        Alone alone;
+        one(member, alone);
+    });
+}
+
 // An error for XLA, or null.
 xla::Error* guarded(void (*handler)(const xla::Frame&), const xla::Frame& frame) {
     try {
@@ -247,3 +275,4 @@ HANDLER(linear_dw)
 HANDLER(loss)
 HANDLER(attention)
 HANDLER(attention_back)
+HANDLER(orthogonalize)

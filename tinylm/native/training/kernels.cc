@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "gemm.h"
 #include "loss.h"
+#include "orthogonal.h"
 
 #define QUOTED(x) #x
 #define NAME_OF(x) QUOTED(x)
@@ -26,6 +27,7 @@ const Kernels TINYLM_KERNELS = {
     .loss = any_loss,
     .attention = attention,
     .attention_back = attention_back,
+    .orthogonalize = orthogonalize<Pairs>,
 };
 
 }  // namespace tinylm::training

@@ -58,12 +58,22 @@ struct Attention {
     void *dout, *dq, *dk, *dv;
 };
 
+// Newton-Schulz iterations on a matrix that is at most as high as wide; factors of products are rounded to bfloat16.
+struct Orthogonal {
+    long rows, columns;
+    const float* x;
+    float* out;
+    float a, b, c;  // X becomes a X + (b S + c S S) X with S = X X^T
+    int steps;
+};
+
 struct Kernels {
     const char* name;
     void (*product)(const Product&, Pool&);
     void (*loss)(const Loss&, Pool&);
     void (*attention)(const Attention&, Pool&);       // from q, k, v: out and statistics
     void (*attention_back)(const Attention&, Pool&);  // from all these and dout: dq, dk, dv
+    void (*orthogonalize)(const Orthogonal&, Pool&);
 };
 
 // The best table this processor can run, or the one of that name (else ""); null: none.

@@ -18,6 +18,13 @@ protected:
     ~Pool() = default;
 };
 
+// All of it on the calling thread.
+struct Alone final : Pool {
+    void run(long count, void (*body)(void*, long), void* context) override {
+        for (long i = 0; i < count; i++) body(context, i);
+    }
+};
+
 // Memory for intermediate values, aligned to 64 bytes. Freed buffers are kept for the next: fresh pages cost more than
 // many of the products that are computed in them. Throws std::bad_alloc.
 class Scratch {
