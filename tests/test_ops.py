@@ -91,6 +91,54 @@ def test_numbers_that_are_none_stay_where_they_are():
     assert np.isfinite(np.delete(y, [3, 7], 0)).all()
 
 
+# --- rotary positions, and SwiGLU ---
+
+
+@pytest.mark.parametrize("dtype", PRECISION)
+@pytest.mark.parametrize(
+    ("shape", "turned", "tables"), [((2, 5, 3, 12), 12, 1), ((3, 40, 2, 70), 68, 3), ((1, 1, 1, 4), 2, 1)]
+)
+def test_rotate_in_float64(shape, turned, tables, dtype):
+    x, dy = drawn(shape, dtype), drawn(shape, dtype, seed=1)
+    angle = np.random.default_rng(2).standard_normal((tables, shape[1], turned // 2))
+    turn = lambda x: ops.rotate(x, np.cos(angle, dtype=np.float32), np.sin(angle, dtype=np.float32))  # noqa: E731
+    assert is_native(turn, x)
+    y, (dx,) = with_slopes(turn, x, towards=dy)
+
+    def expected(x, angle):
+        a, b = exact(x)[..., : turned // 2], exact(x)[..., turned // 2 : turned]
+        z = (a + 1j * b) * np.exp(1j * angle[:, :, None])
+        return np.concatenate([z.real, z.imag, exact(x)[..., turned:]], axis=-1)
+
+    near(y, expected(x, angle), dtype)
+    near(dx, expected(dy, -angle), dtype)
+    members = jax.vmap(turn)(jnp.stack([x, dy]))
+    np.testing.assert_array_equal(members[1], turn(dy))
+
+
+@pytest.mark.parametrize("dtype", PRECISION)
+@pytest.mark.parametrize("shape", [(3, 7), (2, 130, 300), (1, 1)])
+def test_swiglu_in_float64(shape, dtype):
+    gate, up, dy = (drawn(shape, dtype, seed, 3.0) for seed in range(3))
+    assert is_native(ops.swiglu, gate, up)
+    y, (dgate, dup) = with_slopes(ops.swiglu, gate, up, towards=dy)
+    g, u, d = map(exact, (gate, up, dy))
+    s = 1 / (1 + np.exp(-g))
+    near(y, g * s * u, dtype)
+    near(dgate, d * u * s * (1 + g * (1 - s)), dtype)
+    near(dup, d * g * s, dtype)
+
+
+def test_swiglu_of_large_numbers_and_of_none():
+    gate = jnp.array([[-1e38, -100.0, 100.0, 1e30, jnp.nan, jnp.inf]])
+    y, (dgate, dup) = with_slopes(ops.swiglu, gate, jnp.ones_like(gate), towards=jnp.ones_like(gate))
+    np.testing.assert_allclose(y[0, 1:4], [0, 100, 1e30], atol=1e-30)
+    assert abs(float(y[0, 0])) < 1e-6
+    np.testing.assert_allclose(dgate[0, :4], [0, 0, 1, 1], atol=1e-6)
+    np.testing.assert_allclose(dup[0, 1:4], [0, 100, 1e30], atol=1e-30)
+    assert not np.isfinite(np.asarray([y[0, 4], y[0, 5], dgate[0, 4]])).any()
+
+
 # --- Muon's step ---
 
 
@@ -272,6 +320,16 @@ def test_training_is_plain_training(settings):
         np.testing.assert_allclose(fast_params[name], x, atol=1e-5 * max(1.0, float(jnp.abs(x).max())))
 
 
+def test_training_with_muon():
+    """Plain where it is asked to be; and nearly the same, since both round factors to bfloat16."""
+    model, batch = model_and_batch()
+    (fast, after), (slow, plainly) = (trained(model, batch, 1, native=n, optimizer="muon") for n in (True, False))
+    np.testing.assert_allclose(fast, slow, rtol=2e-3)
+    for name, x in pure(model)[1].items():
+        moved = np.linalg.norm(exact(plainly[name]) - exact(x))
+        assert np.linalg.norm(exact(after[name]) - exact(plainly[name])) < 0.05 * moved
+
+
 @pytest.mark.parametrize("settings", MODELS[:3], ids=str)
 def test_training_in_bfloat16(settings):
     model, batch = model_and_batch(**settings)
@@ -353,7 +411,10 @@ for dtype in ("float32", "bfloat16"):
     loss = jax.value_and_grad(lambda x, w: ops.nats(x, w, targets, ones)[0], (0, 1))(x, w)
     q = x.reshape(7, 100, 3, 32)
     out, behind = jax.vjp(lambda q: ops.attention(q, q, q, None, ops.Sight(True, 0, 0.2)), q)
-    moved = [ops.orthogonalize(np.float32(x).reshape(n, 96, -1)) for n in (1, 7)]
+    turn = jax.vjp(lambda q: ops.rotate(q, np.ones((1, 100, 8), "f"), np.ones((1, 100, 8), "f")), q)
+    gated = jax.vjp(ops.swiglu, x, x)
+    moved = turn[0], turn[1](q), gated[0], gated[1](x)
+    moved += tuple(ops.orthogonalize(np.float32(x).reshape(n, 96, -1)) for n in (1, 7))
     for array in jax.tree.leaves((y, back(y), loss, out, behind(out), moved)):
         digest.update(np.asarray(array).tobytes())
 print(ops.kernels(), digest.hexdigest())

@@ -222,7 +222,8 @@ class GatedMLP(MLP):
 
     def __call__(self, x: Float[Array, "B T D"], tap: Tap = untouched) -> Float[Array, "B T D"]:
         gate, up = fan(x, self.gate, self.up)
-        return self.down(tap("hidden", self.activation(gate) * up))
+        hidden = ops.swiglu(gate, up) if self.activation is jax.nn.silu else self.activation(gate) * up
+        return self.down(tap("hidden", hidden))
 
 
 MLPS = {"swiglu": GatedMLP, "geglu": GatedMLP, "reglu": GatedMLP, "gelu": MLP, "gelu_tanh": MLP, "relu2": MLP}

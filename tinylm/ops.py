@@ -61,7 +61,7 @@ def kernels() -> str:
     return name
 
 
-TARGETS = ("linear", "linear_dx", "linear_dw", "loss", "attention", "attention_back", "orthogonalize")
+TARGETS = ("linear", "linear_dx", "linear_dw", "loss", "attention", "attention_back", "rotate", "gate", "orthogonalize")
 
 
 def native(*arrays: Array) -> bool:
@@ -132,6 +132,62 @@ def _linear_backward(saved: tuple[Array, tuple[Array, ...]], dy: tuple[Array, ..
 
 
 _linear.defvjp(_linear_forward, _linear_backward)
+
+
+# --- rotary positions, and SwiGLU ---
+
+
+def rotate(
+    x: Float[Array, "B T H E"], cosine: Float[Array | np.ndarray, "b T R"], sine: Float[Array | np.ndarray, "b T R"]
+) -> Float[Array, "B T H E"]:
+    """Features i and i + R turned by an angle per position, those from 2 R on left alone; b is 1 or B."""
+    tables = jnp.asarray(cosine, jnp.float32), jnp.asarray(sine, jnp.float32)
+    if not native(x) or 64 * x.size < WORTHWHILE:
+        return _plain_rotate(x, *tables)
+    return _rotate(x, *tables)
+
+
+def _plain_rotate(x: Array, cosine: Array, sine: Array) -> Array:
+    half, cosine, sine = cosine.shape[-1], cosine[:, :, None], sine[:, :, None]
+    a, b = jnp.split(x[..., : 2 * half].astype(jnp.float32), 2, axis=-1)
+    turned = [(a * cosine - b * sine).astype(x.dtype), (b * cosine + a * sine).astype(x.dtype)]
+    return jnp.concatenate([*turned, x[..., 2 * half :]], axis=-1)
+
+
+def _rotate_call(x: Array, cosine: Array, sine: Array, back: bool) -> Array:
+    twin = lambda x, cosine, sine: [_plain_rotate(x, cosine, -sine if back else sine)]  # noqa: E731
+    return call("rotate", twin, [shaped(x.shape, x)], x, cosine, sine, back=back)[0]
+
+
+@jax.custom_vjp
+def _rotate(x: Array, cosine: Array, sine: Array) -> Array:
+    return _rotate_call(x, cosine, sine, back=False)
+
+
+_rotate.defvjp(
+    lambda x, cosine, sine: (_rotate(x, cosine, sine), (cosine, sine)),
+    lambda angles, dy: (_rotate_call(dy, *angles, back=True), None, None),
+)
+
+
+def swiglu(gate: Float[Array, "*batch hidden"], up: Float[Array, "*batch hidden"]) -> Float[Array, "*batch hidden"]:
+    """silu(gate) * up (Shazeer 2020)."""
+    if not native(gate, up) or 64 * gate.size < WORTHWHILE or gate.dtype != up.dtype:
+        return jax.nn.silu(gate) * up
+    return _swiglu(gate, up)
+
+
+@jax.custom_vjp
+def _swiglu(gate: Array, up: Array) -> Array:
+    return call("gate", lambda gate, up: [jax.nn.silu(gate) * up], [shaped(gate.shape, gate)], gate, up)[0]
+
+
+def _swiglu_back(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+    twin = lambda gate, up, dy: list(jax.vjp(lambda g, u: jax.nn.silu(g) * u, gate, up)[1](dy))  # noqa: E731
+    return tuple(call("gate", twin, [shaped(x.shape, x) for x in saved], *saved, dy))
+
+
+_swiglu.defvjp(lambda gate, up: (_swiglu(gate, up), (gate, up)), _swiglu_back)
 
 
 # --- Muon's step ---

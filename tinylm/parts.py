@@ -112,15 +112,11 @@ def rotate(
 
     Half-split layout: feature i is paired with i + width/2, as in Hugging Face.
     """
-    if width < x.shape[-1]:
-        return jnp.concatenate([rotate(x[..., :width], positions, theta, width), x[..., width:]], axis=-1)
     half = width // 2
     xp = np if isinstance(positions, np.ndarray) else jnp  # XLA would compute the sines again for every head and layer
     frequency = theta ** (-xp.arange(half, dtype=np.float32) / half)
-    angle = positions[:, :, None, None].astype(np.float32) * frequency
-    cos, sin = xp.cos(angle), xp.sin(angle)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    angle = positions[:, :, None].astype(np.float32) * frequency
+    return ops.rotate(x, xp.cos(angle), xp.sin(angle))
 
 
 # --- a convolutional front end ----------------------------------------------------------------------------------------

@@ -65,11 +65,12 @@ def step_of(graph: Any, recipe: optim.Recipe, drops: bool) -> Callable:
     `knobs` are settings of the recipe as arrays, for members of a population that differ in them; usually none.
     """
     dtype = jnp.dtype(recipe.dtype)
+    ways = contextlib.nullcontext if recipe.native else ops.plain
 
     def loss(params: dict, kept: dict, batch: Batch, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         compute = {**jax.tree.map(lambda p: p.astype(dtype), params), **kept}  # float32 masters, `dtype` arithmetic
         compute |= fetching(kept, batch)
-        with contextlib.nullcontext() if recipe.native else ops.plain():
+        with ways():
             return cross_entropy(bind(graph, compute), batch, key if drops else None, recipe.z_loss)
 
     gradient = jax.value_and_grad(loss, has_aux=True)
@@ -98,7 +99,8 @@ def step_of(graph: Any, recipe: optim.Recipe, drops: bool) -> Callable:
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.tree.norm(grads)
         halted = state.halted | ~(jnp.isfinite(nats) & jnp.isfinite(norm))
-        change, opt = rule.update(optim.clipped(grads, norm, recipe.clip), state.opt, params, rate)
+        with ways():
+            change, opt = rule.update(optim.clipped(grads, norm, recipe.clip), state.opt, params, rate)
         new = State({**jax.tree.map(jnp.add, params, change), **ticked(kept)}, opt, state.step + 1, halted)
         old = state._replace(halted=halted)
         new = jax.tree.map(lambda a, b: jnp.where(halted, a, b), old, new)

@@ -80,8 +80,8 @@ class Step(NamedTuple):
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 # A CPU maps and clears a program's temporaries anew in every call: 15 to 25 percent of a step. So steps share calls, as
-# many as keep an interrupt waiting for half a second at most.
-CALL, MOST = 0.5, 8
+# many as keep an interrupt waiting for a second and a half at most.
+CALL, MOST = 1.5, 8
 
 copies = jax.jit(functools.partial(jax.tree.map, jnp.copy))
 

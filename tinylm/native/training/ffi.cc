@@ -245,6 +245,50 @@ void orthogonalize(const xla::Frame& frame) {
     });
 }
 
+long count(const xla::Buffer& buffer, long last = 0) {
+    long n = 1;
+    for (long i = 0; i + last < buffer.rank; i++) n *= buffer.dims[i];
+    return n;
+}
+
+// Arguments x (.., sequences, length, heads, head), cosine and sine (.., 1 or sequences, length, width / 2).
+void rotate(const xla::Frame& frame) {
+    const xla::Buffer &x = frame.arg(0), &cosine = frame.arg(1);
+    Threads threads(frame);
+    Rotation r = {};
+    r.head = x.dims[x.rank - 1];
+    r.heads = x.dims[x.rank - 2];
+    r.length = x.dims[x.rank - 3];
+    r.sequences = x.dims[x.rank - 4];
+    r.tables = cosine.dims[cosine.rank - 3];
+    r.width = 2 * cosine.dims[cosine.rank - 1];
+    r.half = x.dtype == xla::BF16;
+    r.back = frame.setting<bool>("back");
+    const long members = count(x, 4), size = count(x) / members * (r.half ? 2 : 4), angles = count(cosine) / members;
+    for (long member = 0; member < members; member++) {
+        r.x = static_cast<const char*>(x.data) + member * size;
+        r.out = static_cast<char*>(frame.result(0).data) + member * size;
+        r.cosine = static_cast<const float*>(cosine.data) + member * angles;
+        r.sine = static_cast<const float*>(frame.arg(2).data) + member * angles;
+        table()->rotate(r, threads);
+    }
+}
+
+// Arguments gate, up; result y. With a third argument dy the results are dgate, dup.
+void gate(const xla::Frame& frame) {
+    const bool back = frame.args.count > 2;
+    Threads threads(frame);
+    Gate g = {};
+    g.size = count(frame.arg(0));
+    g.half = frame.arg(0).dtype == xla::BF16;
+    g.gate = frame.arg(0).data;
+    g.up = frame.arg(1).data;
+    g.dy = back ? frame.arg(2).data : nullptr;
+    (back ? g.dgate : g.y) = frame.result(0).data;
+    g.dup = back ? frame.result(1).data : nullptr;
+    table()->gate(g, threads);
+}
+
 // An error for XLA, or null.
 xla::Error* guarded(void (*handler)(const xla::Frame&), const xla::Frame& frame) {
     try {
@@ -276,3 +320,5 @@ HANDLER(loss)
 HANDLER(attention)
 HANDLER(attention_back)
 HANDLER(orthogonalize)
+HANDLER(rotate)
+HANDLER(gate)

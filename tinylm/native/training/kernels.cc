@@ -3,6 +3,7 @@
 #include "gemm.h"
 #include "loss.h"
 #include "orthogonal.h"
+#include "pointwise.h"
 
 #define QUOTED(x) #x
 #define NAME_OF(x) QUOTED(x)
@@ -18,6 +19,10 @@ void any_loss(const Loss& x, Pool& pool) {
     x.pairs ? loss<Pairs, bfloat16>(x, pool) : loss<Single, float>(x, pool);
 }
 
+void any_rotate(const Rotation& x, Pool& pool) { x.half ? rotate<bfloat16>(x, pool) : rotate<float>(x, pool); }
+
+void any_gate(const Gate& x, Pool& pool) { x.half ? gate<bfloat16>(x, pool) : gate<float>(x, pool); }
+
 }  // namespace
 
 extern const Kernels TINYLM_KERNELS;
@@ -28,6 +33,8 @@ const Kernels TINYLM_KERNELS = {
     .attention = attention,
     .attention_back = attention_back,
     .orthogonalize = orthogonalize<Pairs>,
+    .rotate = any_rotate,
+    .gate = any_gate,
 };
 
 }  // namespace tinylm::training

@@ -67,6 +67,24 @@ struct Orthogonal {
     int steps;
 };
 
+// Rotary positions of (sequences, length, heads, head), feature i paired with i + width/2; the rest is copied.
+struct Rotation {
+    long sequences, length, heads, head, width;
+    long tables;  // sequences have a table in turn, of (length, width / 2)
+    const float *cosine, *sine;
+    const void* x;
+    void* out;
+    bool half, back;  // back: by the opposite angle
+};
+
+// y = silu(gate) up; or, from dy, the gradients of both.
+struct Gate {
+    long size;
+    bool half;
+    const void *gate, *up, *dy;
+    void *y, *dgate, *dup;
+};
+
 struct Kernels {
     const char* name;
     void (*product)(const Product&, Pool&);
@@ -74,6 +92,8 @@ struct Kernels {
     void (*attention)(const Attention&, Pool&);       // from q, k, v: out and statistics
     void (*attention_back)(const Attention&, Pool&);  // from all these and dout: dq, dk, dv
     void (*orthogonalize)(const Orthogonal&, Pool&);
+    void (*rotate)(const Rotation&, Pool&);
+    void (*gate)(const Gate&, Pool&);
 };
 
 // The best table this processor can run, or the one of that name (else ""); null: none.
