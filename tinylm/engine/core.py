@@ -6,6 +6,7 @@ Imports ctypes alone: the first token of a small model comes sooner than `import
 from __future__ import annotations
 
 import ctypes as c
+import itertools
 import os
 import struct
 
@@ -184,19 +185,16 @@ class Native:
         what = native.FEATURES if features else native.OUTPUT
         columns = facts.width if features else facts.outputs
         single = not features and facts.classes
-        lengths = [len(text) for text in texts]
-        out = [np.empty((1 if single else n, columns), np.float32) for n in lengths]
+        out: list[np.ndarray] = []
         pid, session = self._take()
         try:
-            for ids, array in _some(texts, out):  # some at a time, so that Ctrl-C is seen
+            for ids in _some(texts):  # some at a time, so that Ctrl-C is seen
                 flat, _ = _ints([i for text in ids for i in text])
                 sizes, count = _ints([len(text) for text in ids])
-                block = np.empty((sum(map(len, array)), columns), np.float32)
+                ends = list(itertools.accumulate(1 if single else len(text) for text in ids))
+                block = np.empty((ends[-1], columns), np.float32)
                 native.call("tlm_forward", session, count, sizes, flat, None, what, block.ctypes.data, None)
-                at = 0
-                for one in array:
-                    one[:] = block[at : at + len(one)]
-                    at += len(one)
+                out += np.split(block, ends[:-1])
         finally:
             self._give(pid, session)
         return out
@@ -252,15 +250,14 @@ def _ints(values: Any) -> tuple[Any, int]:
         raise EngineError("token ids must be whole numbers") from None
 
 
-def _some(texts: Sequence, out: list, tokens: int = 4096) -> Iterator[tuple[list, list]]:
-    """Texts and their arrays, about so many tokens at a time."""
-    ids, arrays, held = [], [], 0
-    for text, array in zip(texts, out, strict=True):
+def _some(texts: Sequence, tokens: int = 4096) -> Iterator[list]:
+    """The texts, about so many tokens at a time."""
+    ids, held = [], 0
+    for text in texts:
         ids.append(text)
-        arrays.append(array)
         held += len(text)
         if held >= tokens:
-            yield ids, arrays
-            ids, arrays, held = [], [], 0
+            yield ids
+            ids, held = [], 0
     if ids:
-        yield ids, arrays
+        yield ids

@@ -54,7 +54,7 @@ public:
         if (s.model.norm.scale) norm_in_place(s.model.norm);
     }
 
-    void head(const int* chosen, int n) {
+    void head(const int* chosen, int n, float* out, int stride) {
         const float* x = gather(chosen, n);
         const Model& m = s.model;
         if (m.dense.codes) {
@@ -63,12 +63,14 @@ public:
             x = dense_output(n);
         }
         if (m.head.codes)
-            project(x, s.width_, n, {{m.head, s.output_.data(), s.output_stride_}});
+            project(x, s.width_, n, {{m.head, out, stride}});
         else
-            each_of(n, [&](int i) { std::memcpy(s.output(i), x + size_t(i) * s.width_, c.width * sizeof(float)); });
+            each_of(n, [&](int i) {
+                std::memcpy(out + size_t(i) * stride, x + size_t(i) * s.width_, c.width * sizeof(float));
+            });
         if (!c.softcap) return;
         barrier();
-        each_of(n, [&](int i) { kernels.softcap(s.output(i), s.model.outputs, c.softcap); });
+        each_of(n, [&](int i) { kernels.softcap(out + size_t(i) * stride, s.model.outputs, c.softcap); });
     }
 
     void screen(const int* chosen, int n) {
@@ -425,7 +427,11 @@ void Session::trunk(const Span* spans, int count) {
 
 void Session::head(const int* rows, int count) {
     make_output(count);
-    threads.run([=, this](int id) { Worker(*this, id).head(rows, count); });
+    head(rows, count, output_.data(), output_stride_);
+}
+
+void Session::head(const int* rows, int count, float* out, int stride) {
+    threads.run([=, this](int id) { Worker(*this, id).head(rows, count, out, stride); });
 }
 
 void Session::screen(const int* rows, int count) {

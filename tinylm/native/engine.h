@@ -31,6 +31,9 @@ public:
     void trunk(const Span* spans, int count);
     // The head's output for `count` of these rows (null: the first ones), one row of `output_stride` floats each.
     void head(const int* rows, int count);
+    // The same into somebody's own memory. A matrix writes whole panels: rows need room for them, see `whole_rows`.
+    void head(const int* rows, int count, float* out, int stride);
+    bool whole_rows() const { return output_stride_ == model.outputs; }
 
     // The head from its high plane alone, half the bytes: |output - exact| <= margin(i) * scale of the token, with a
     // probability of 1 - 1e-9 per row (sampling.cc). `exact_panel` then computes 16 outputs as `head` would.

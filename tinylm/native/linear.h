@@ -38,6 +38,21 @@ template <> struct Step<Kind::panel_ternary> {
     template <int part> static INLINE Bytes masked(Bytes codes) { return mask(codes, 3 << 2 * part); }
 };
 
+// Codes that were unpacked to a byte each, see `Unpacked`.
+template <Kind kind> struct ByteStep {
+    static constexpr int COLUMNS = 4, BITS = 0;
+    template <int part> static INLINE auto load(const uint8_t* codes, const uint8_t*) {
+        if constexpr (kind == Kind::panel_planes) {
+            return wide(load_bytes(codes));
+        } else {
+            return load_bytes(codes);
+        }
+    }
+};
+
+template <Kind kind, bool unpacked> struct StepOf { using Type = Step<kind>; };
+template <Kind kind> struct StepOf<kind, true> { using Type = ByteStep<kind>; };
+
 // One step of PANELS panels (`panel` bytes apart) times ROWS rows of activations.
 template <class S, int PANELS, int ROWS>
 INLINE void add_step(const uint8_t* codes, const uint8_t* low, size_t panel, const int8_t* x, int stride,
@@ -125,13 +140,13 @@ struct Corrections {
 };
 
 // One tile: PANELS panels from `panel`, ROWS rows of x from `row`.
-template <Kind kind, bool grouped, int PANELS, int ROWS>
+template <Kind kind, bool grouped, bool unpacked, int PANELS, int ROWS>
 INLINE void tile(const Matrix& m, int panel, const Activations& x, int row, Corrections corrections, float* out,
                  size_t out_stride) {
-    using S = Step<kind>;
+    using S = typename StepOf<kind, unpacked>::Type;
     const size_t bytes = static_cast<size_t>(m.padded / S::COLUMNS) * 64;
     const uint8_t* codes = m.codes + panel * bytes;
-    const uint8_t* low = kind == Kind::panel_planes ? m.low + panel * bytes : codes;
+    const uint8_t* low = kind == Kind::panel_planes && !unpacked ? m.low + panel * bytes : codes;
     const int8_t* rows = x.codes + static_cast<size_t>(row) * x.stride;
     I sums[PANELS][ROWS];
     F y[PANELS][ROWS];
@@ -199,8 +214,33 @@ INLINE void float_tile(const Matrix& m, int panel, const Activations& x, int row
     }
 }
 
+// Panels of codes smaller than a byte, or in two planes, unpacked for many rows: each code is taken apart once instead
+// of once per tile.
+constexpr int MANY = 12;             // rows from which that pays
+constexpr int WIDEST_UNPACKED = 1024;  // columns that have room
+
+template <Kind kind, int PANELS> void unpack(const Matrix& m, int panel, uint8_t* room) {
+    using S = Step<kind>;
+    const size_t bytes = static_cast<size_t>(m.padded / S::COLUMNS) * 64;
+    const uint8_t* codes = m.codes + panel * bytes;
+    const uint8_t* low = kind == Kind::panel_planes ? m.low + panel * bytes : codes;
+    for (const uint8_t* end = codes + PANELS * bytes; codes < end; codes += 64, low += 64) {
+        repeat<S::COLUMNS / 4>([&](auto part) INLINED {
+            const Bytes some = [&]() INLINED {
+                if constexpr (kind == Kind::panel_planes) {
+                    return join<part>(load_bytes(codes), load_bytes(low));
+                } else {
+                    return S::template load<part>(codes, low);
+                }
+            }();
+            std::memcpy(room, &some, 64);
+            room += 64;
+        });
+    }
+}
+
 // The tiles of one kind of matrix, by size.
-template <Kind kind, bool grouped> struct Tiles {
+template <Kind kind, bool grouped, bool unpacked = false> struct Tiles {
     const Matrix& m;
     const Activations& x;
     float* out;
@@ -214,7 +254,7 @@ template <Kind kind, bool grouped> struct Tiles {
         } else {
             const Corrections c{corrections.at + static_cast<size_t>(row - first_row) * corrections.groups,
                                 corrections.groups};
-            tile<kind, grouped, PANELS, ROWS>(m, panel, x, row, c, out, out_stride);
+            tile<kind, grouped, unpacked, PANELS, ROWS>(m, panel, x, row, c, out, out_stride);
         }
     }
     template <int PANELS> void some(int panel, int row, int rows) const {
@@ -235,7 +275,28 @@ template <Kind kind, bool grouped> struct Tiles {
             row += rows;
         }
     }
+    // The same, unpacked first.
+    template <int PANELS> void unpacked_column(int panel, int row, int last_row, uint8_t* room) const {
+        unpack<kind, PANELS>(m, panel, room);
+        Matrix one = m;
+        one.codes = room;
+        const size_t scales = static_cast<size_t>(corrections.groups) * (grouped ? 32 : 64);  // bytes of a panel
+        one.scales = static_cast<const uint8_t*>(m.scales) + panel * scales;
+        if (one.bias) one.bias += static_cast<size_t>(panel) * 16;
+        Tiles<kind, grouped, true>{one, x, out + static_cast<size_t>(panel) * 16, out_stride, corrections, first_row}
+            .template column<PANELS>(0, row, last_row);
+    }
     void all_panels(int panel, int last, int row, int last_row) const {
+        if constexpr (kind != Kind::panel_int8 && kind != Kind::panel_float) {
+            if (last_row - row >= MANY && m.padded <= WIDEST_UNPACKED) {
+                alignas(64) uint8_t room[Register::PANELS * WIDEST_UNPACKED * 16];
+                for (; last - panel >= Register::PANELS; panel += Register::PANELS) {
+                    unpacked_column<Register::PANELS>(panel, row, last_row, room);
+                }
+                for (; panel < last; panel++) unpacked_column<1>(panel, row, last_row, room);
+                return;
+            }
+        }
         if (last_row - row == 1) {
             for (; last - panel >= Register::VECTOR_PANELS; panel += Register::VECTOR_PANELS) {
                 run<Register::VECTOR_PANELS, 1>(panel, row);

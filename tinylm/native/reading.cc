@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 
 namespace tinylm {
 namespace {
@@ -92,6 +93,11 @@ void forward(Generation& generation, int texts, const int32_t* lengths, const in
                 }
                 row += span.count;
             }
+        } else if (what == TLM_OUTPUT && session.whole_rows()) {
+            std::vector<int> all(rows);
+            std::iota(all.begin(), all.end(), 0);
+            session.head(all.data(), rows, out, columns);
+            out += static_cast<size_t>(rows) * columns;
         } else if (what == TLM_OUTPUT) {
             head_of(session, 0, rows, [&](int, int n) {
                 for (int i = 0; i < n; i++) copy(session.output(i));
