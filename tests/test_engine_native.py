@@ -34,6 +34,7 @@ DECODERS = {
     "windows": {"window": (5, 0), "positions": ("rope", "none"), "qk_norm": True, "softcap": 5.0, "mlp": "geglu"},
     "wide heads": {"head_width": 48, "kv_heads": 1, "mlp": "relu2", "attention_scale": 0.3, "qkv_bias": True},
     "odd": {"width": 20, "heads": 2, "hidden": 23, "vocab": 263, "head_width": 6, "mlp": "reglu"},
+    "whole panels": {"vocab": 272, "layers": 1},
     "original": {"block": "post", "norm": "layernorm", "embed_norm": True, "token_types": 2, "positions": "learned"},
 }
 READERS = {
@@ -93,10 +94,13 @@ def test_float_weights_give_what_jax_gives(files, name):
     np.testing.assert_allclose(Engine(path).logits(tokens), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("bits", ["float32", "int8", "int4", "ternary"])
+WAYS = {"float32": {}, "int8": {}, "int4": {}, "ternary": {"absmean": True}, "int4 in groups": {"group": 32}}
+
+
+@pytest.mark.parametrize("bits", WAYS)
 @pytest.mark.parametrize("name", ALL)
 def test_bits_are_those_of_the_twin(files, name, bits):
-    path = files(name, bits, **({"absmean": True} if bits == "ternary" else {}))
+    path = files(name, bits.split()[0], **WAYS[bits])
     tokens = tokens_for(path)
     slow = Slow(path)
     for features in (True, False):
