@@ -291,9 +291,10 @@ def test_trained_codes_are_what_is_stored(how, tmp_path):
     moved(model)
     expected = look(model)
     small, report = quantize(model, text=None)
-    np.testing.assert_array_equal(small(TOKENS), model(TOKENS))
+    # Trained models sum floats; stored ones, where inputs are int8 too, whole numbers.
+    np.testing.assert_allclose(small(TOKENS), model(TOKENS), rtol=1e-4, atol=1e-4)
     back = reloaded(small, tmp_path / "m")
-    np.testing.assert_array_equal(back(TOKENS), model(TOKENS))
+    np.testing.assert_array_equal(back(TOKENS), small(TOKENS))
     for path, codes in look(back).items():
         np.testing.assert_array_equal(codes.codes, expected[path].codes)
         np.testing.assert_array_equal(np.asarray(codes.scale), expected[path].scale)

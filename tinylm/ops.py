@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Int8
 
 from tinylm import native as extension
 
@@ -61,7 +61,18 @@ def kernels() -> str:
     return name
 
 
-TARGETS = ("linear", "linear_dx", "linear_dw", "loss", "attention", "attention_back", "rotate", "gate", "orthogonalize")
+TARGETS = (
+    "linear",
+    "linear_dx",
+    "linear_dw",
+    "loss",
+    "attention",
+    "attention_back",
+    "rotate",
+    "gate",
+    "orthogonalize",
+    "int8_product",
+)
 
 
 def native(*arrays: Array) -> bool:
@@ -223,6 +234,43 @@ def _orthogonalize(x: Array) -> list[Array]:
         square = product(x, x.mT)
         x = a * x + product(b * square + c * product(square, square), x)
     return [x]
+
+
+# --- int8 ---
+
+
+def int8_product(
+    x: Float[Array, "*batch inputs"], codes: Int8[Array, "inputs outputs"], scales: Float[Array, " outputs"]
+) -> Float[Array, "*batch outputs"]:
+    """`x @ (codes * scales)` with x rounded to int8 row by row, its largest magnitude being 127: the engine's product.
+
+    Sums are exact, results float32. The gradient with respect to x is that of the product without the rounding
+    (straight through); codes and scales have none.
+    """
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    y = _int8_product(rows, codes, scales.astype(jnp.float32))
+    return y.reshape(*x.shape[:-1], codes.shape[1])
+
+
+def _plain_int8_product(x: Array, codes: Array, scales: Array) -> Array:
+    most = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    rounded = jnp.round(x * jnp.where(most > 0, 127.0 / most, 0.0)).astype(jnp.int8)
+    sums = jax.lax.dot_general(rounded, codes, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32)
+    return sums.astype(jnp.float32) * (most / 127.0 * scales)
+
+
+@jax.custom_vjp
+def _int8_product(x: Array, codes: Array, scales: Array) -> Array:
+    if not native(x):
+        return _plain_int8_product(x, codes, scales)
+    result = jax.ShapeDtypeStruct((x.shape[0], codes.shape[1]), jnp.float32)
+    return call("int8_product", lambda *a: [_plain_int8_product(*a)], [result], x, codes, scales)[0]
+
+
+_int8_product.defvjp(
+    lambda x, codes, scales: (_int8_product(x, codes, scales), (codes, scales)),
+    lambda saved, dy: ((dy * saved[1]) @ saved[0].astype(jnp.float32).T, None, None),
+)
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------

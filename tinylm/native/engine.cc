@@ -422,7 +422,8 @@ void Session::trunk(const Span* spans, int count) {
     threads.use_all(balance.together());
     const auto begun = std::chrono::steady_clock::now();
     threads.run(work);
-    balance.took(std::chrono::duration<double>(std::chrono::steady_clock::now() - begun).count());
+    const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begun;
+    balance.took(taken.count() / static_cast<double>(rows_.size()));
 }
 
 void Session::head(const int* rows, int count) {

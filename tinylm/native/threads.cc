@@ -87,9 +87,11 @@ bool Balance::together() {
 }
 
 void Balance::took(double seconds) {
+    // The first pass finds caches and memory cold: it says nothing.
+    if (cold_) return void(cold_ = false);
     double& typical = seconds_[last_];
-    typical =
-        typical == 0 ? seconds : typical + (std::min(seconds, 4 * typical) - typical) / 8;  // a pause is not typical
+    const int weight = last_ == better_ ? 8 : 2;  // the way that is rarely tried must not live on old times
+    typical = typical == 0 ? seconds : typical + (std::min(seconds, 4 * typical) - typical) / weight;  // no pauses
 }
 
 }  // namespace tinylm

@@ -64,13 +64,13 @@ private:
 class Balance {
 public:
     bool together();
-    void took(double seconds);  // since the last answer
+    void took(double seconds);  // for a row, since the last answer
 
 private:
     double seconds_[2] = {0, 0};  // typical ones: alone, together
-    bool last_ = true, better_ = true;
+    bool last_ = true, better_ = true, cold_ = true;
     int patience_ = FIRST, left_ = FIRST;
-    static constexpr int FIRST = 16, LONGEST = 4096;
+    static constexpr int FIRST = 8, LONGEST = 4096;
 };
 
 }  // namespace tinylm

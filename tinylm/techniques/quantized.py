@@ -159,9 +159,19 @@ class Quantized(Rounding):
         if self.is_embedding:
             return self.weight()[x]
         x = x if self.norm is None else self.norm(x)
-        x = rounded_inputs(x, self.inputs)[0] if self.step is None else self._static(x, self.step[...])
-        (y,) = ops.linear(x, self.weight())
+        if self._is_integer():
+            codes = (self.codes() + self.low).astype(np.int8)
+            scales = jnp.broadcast_to(self.scale[...][0], self.shape[1:])
+            y = ops.int8_product(x, jnp.asarray(codes), scales).astype(x.dtype)
+        else:
+            x = rounded_inputs(x, self.inputs)[0] if self.step is None else self._static(x, self.step[...])
+            (y,) = ops.linear(x, self.weight())
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
+
+    def _is_integer(self) -> bool:
+        """Whether inputs and weights are int8 with a scale per row and per output, so that their product can be exact."""
+        plain = not (self.by_table or self.affine) and grouped(self.per, self.shape[0]) == 0
+        return plain and self.inputs == "int8" and self.low >= -128 and self.high <= 127
 
     def _static(self, x: jax.Array, step: jax.Array) -> jax.Array:
         z = x.astype(jnp.float32)

@@ -1,6 +1,7 @@
 // XLA's way in: one handler per operation, each called inside a compiled program with its buffers.
 //
 // Every operation takes any number of leading dimensions, the same for all its arrays: members of a population.
+#include <algorithm>
 #include <atomic>
 #include <memory>
 #include <new>
@@ -8,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "../kernels.h"
 #include "kernels.h"
 #include "xla.h"
 
@@ -289,6 +291,75 @@ void gate(const xla::Frame& frame) {
     table()->gate(g, threads);
 }
 
+// A panel of 16 outputs as the engine reads it: four inputs of each output are neighbours, and 128 stands for 0. `lanes`
+// outputs there are, `row` codes from input to input.
+void pack_panel(const int8_t* codes, long row, long depth, long lanes, uint8_t* panel) {
+    constexpr long LANES = tinylm::LANES;
+    for (long k = 0; k < (depth + LANES - 1) / LANES * LANES; k += 4, panel += 4 * LANES) {
+        if (lanes == LANES && k + 4 <= depth) {
+            const int8_t* const at = codes + k * row;
+            for (long lane = 0; lane < LANES; lane++)
+                for (long j = 0; j < 4; j++) panel[lane * 4 + j] = uint8_t(at[j * row + lane] ^ -128);
+        } else {
+            for (long lane = 0; lane < LANES; lane++)
+                for (long j = 0; j < 4; j++)
+                    panel[lane * 4 + j] =
+                        lane < lanes && k + j < depth ? uint8_t(codes[(k + j) * row + lane] ^ -128) : 128;
+        }
+    }
+}
+
+// The engine's int8 product inside somebody's program. Arguments x (.., rows, depth), codes (.., depth, columns) of int8
+// and scales (.., columns); result (.., rows, columns). Inputs are rounded row by row, sums are exact.
+void int8_product(const xla::Frame& frame) {
+    static const tinylm::Kernels& engine = *tinylm::kernels("");
+    const Array x(&frame.arg(0)), codes(&frame.arg(1)), y(&frame.result(0));
+    constexpr long LANES = tinylm::LANES, TOGETHER = 4 * LANES;  // outputs of a task: as many as the engine tiles
+    const long rows = x.rows, depth = x.columns, columns = y.columns, padded = (depth + LANES - 1) / LANES * LANES;
+    Threads threads(frame);
+    Scratch rounded_memory(rows * padded), step_memory(rows * sizeof(float)), sum_memory(rows * sizeof(int32_t));
+    auto* const rounded = rounded_memory.as<int8_t>();
+    auto* const steps = step_memory.as<float>();
+    auto* const sums = sum_memory.as<int32_t>();
+    for (long member = 0; member < x.members; member++) {
+        const auto* const from = reinterpret_cast<const float*>(x.at(member));
+        const auto* const weights = reinterpret_cast<const int8_t*>(codes.data) + member * depth * columns;
+        const auto* const scales = static_cast<const float*>(frame.arg(2).data) + member * columns;
+        auto* const to = reinterpret_cast<float*>(y.at(member));
+        const long some = 16, tasks = (rows + some - 1) / some;
+        threads.each(tasks, [&](long task) {
+            for (long r = task * some; r < std::min(rows, (task + 1) * some); r++)
+                steps[r] =
+                    engine.quantize(from + r * depth, int(depth), int(padded), 0.0f, rounded + r * padded, sums + r);
+        });
+        threads.each((columns + TOGETHER - 1) / TOGETHER, [&](long task) {
+            const long first = task * TOGETHER, width = std::min(TOGETHER, columns - first);
+            const long panels = (width + LANES - 1) / LANES;
+            Scratch panel_memory(panels * LANES * padded);
+            Scratch rest_memory(width % LANES ? rows * TOGETHER * sizeof(float) : 0);
+            auto* const room = panel_memory.as<uint8_t>();
+            alignas(64) float own[TOGETHER] = {};
+            std::copy_n(scales + first, width, own);
+            for (long panel = 0; panel < panels; panel++)
+                pack_panel(weights + first + panel * LANES, columns, depth, std::min(LANES, width - panel * LANES),
+                           room + panel * padded * LANES);
+            tinylm::Matrix m = {};
+            m.kind = tinylm::Kind::panel_int8;
+            m.rows = int(panels * LANES);
+            m.columns = int(depth);
+            m.panels = int(panels);
+            m.padded = int(padded);
+            m.codes = m.low = room;
+            m.scales = own;
+            const tinylm::Activations in = {int(rows), int(padded), rounded, steps, sums, nullptr};
+            if (width % LANES == 0) return engine.linear(m, 0, m.panels, in, to + first, columns);
+            auto* const rest = rest_memory.as<float>();
+            engine.linear(m, 0, m.panels, in, rest, TOGETHER);
+            for (long r = 0; r < rows; r++) std::copy_n(rest + r * TOGETHER, width, to + r * columns + first);
+        });
+    }
+}
+
 // An error for XLA, or null.
 xla::Error* guarded(void (*handler)(const xla::Frame&), const xla::Frame& frame) {
     try {
@@ -322,3 +393,4 @@ HANDLER(attention_back)
 HANDLER(orthogonalize)
 HANDLER(rotate)
 HANDLER(gate)
+HANDLER(int8_product)

@@ -1,4 +1,4 @@
-// Muon's step: every singular value of a matrix pushed towards 1 by quintic Newton-Schulz iterations (Jordan et al. 2024).
+// Muon's step: every singular value of a matrix pushed towards 1 by quintic Newton-Schulz steps (Jordan et al. 2024).
 #pragma once
 #include <cmath>
 
@@ -11,7 +11,8 @@ namespace {
 template <class Arithmetic>
 void orthogonalize(const Orthogonal& o, Pool& pool) {
     const long rows = o.rows, columns = o.columns, square = rows * rows, size = rows * columns;
-    Scratch gram_memory(square * sizeof(float)), next_memory(square * sizeof(float)), moved_memory(size * sizeof(float));
+    Scratch gram_memory(square * sizeof(float)), next_memory(square * sizeof(float));
+    Scratch moved_memory(size * sizeof(float));
     float *gram = gram_memory.as<float>(), *next = next_memory.as<float>(), *moved = moved_memory.as<float>();
     float* x = o.out;
     double sum = 0.0;

@@ -58,7 +58,8 @@ void gate(const Gate& g, Pool& pool) {
         return;
     }
     everywhere(g.size, pool, [=](long i, auto... mask) {
-        const Vec x = bounded(load(gate + i, mask...)), s = sigmoid(x), dy = load(static_cast<const T*>(g.dy) + i, mask...);
+        const Vec x = bounded(load(gate + i, mask...)), s = sigmoid(x);
+        const Vec dy = load(static_cast<const T*>(g.dy) + i, mask...);
         const Vec slope = s * fma(x, fill(1.0f) - s, fill(1.0f));
         store(static_cast<T*>(g.dgate) + i, dy * load(up + i, mask...) * slope, mask...);
         store(static_cast<T*>(g.dup) + i, dy * x * s, mask...);
