@@ -213,12 +213,13 @@ def test_errors_are_one_line(args, status, said, trained, text, tmp_path, capsys
 
 def test_durations_and_amounts():
     assert [options.duration(t) for t in ("90", "90s", "20m", "1.5h")] == [90, 90, 1200, 5400]
-    assert [options.amount(t) for t in ("5000", "300K", "1.5M", "2b", "1_000")] == [
+    assert [options.amount(t) for t in ("5000", "300K", "1.5M", "2b", "1_000", "49e6")] == [
         5000,
         300_000,
         1_500_000,
         2 * 10**9,
         1000,
+        49 * 10**6,
     ]
 
 

@@ -31,7 +31,8 @@ def compiled(program, sources, folder, *flags):
     objects = []
     for name, options in KERNELS.items():
         objects.append(folder / f"{name}.o")
-        command = ["c++", *FLAGS, "-O1", *options, f"-DTINYLM_{name}", "-c", NATIVE / "kernels.cc", "-o", objects[-1]]
+        source = NATIVE / "engine" / "kernels.cc"
+        command = ["c++", *FLAGS, "-O1", *options, f"-DTINYLM_{name}", "-c", source, "-o", objects[-1]]
         subprocess.run(command, check=True, timeout=900)
     made = folder / program
     files = [ROOT / "tests" / "native" / f"{program}.cc", *sources, *objects]
@@ -40,7 +41,7 @@ def compiled(program, sources, folder, *flags):
 
 
 def test_every_kernel_against_plain_loops(tmp_path):
-    made = compiled("kernels_test", [NATIVE / "dispatch.cc"], tmp_path, "-O2")
+    made = compiled("kernels_test", [NATIVE / "engine" / "dispatch.cc"], tmp_path, "-O2")
     done = subprocess.run([made], capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "scalar" in done.stdout
@@ -50,7 +51,7 @@ def test_the_engine_under_the_address_sanitizer(tmp_path):
     config = tinylm.ModelConfig(vocab=2100, context=64, width=32, layers=2, heads=2)
     model = tmp_path / "model.tlm"
     tinylm.export(tinylm.Transformer(config), model)
-    sources = [path for path in NATIVE.glob("*.cc") if path.name != "kernels.cc"]
+    sources = [path for path in (NATIVE / "engine").glob("*.cc") if path.name != "kernels.cc"]
     made = compiled("engine_test", sources, tmp_path, "-O1", "-fsanitize=address")
     for arguments in ([model], [model, "200", tmp_path]):
         done = subprocess.run([made, *arguments], capture_output=True, text=True, timeout=900)

@@ -66,7 +66,7 @@ def test_the_library_needs_neither_python_nor_a_c_plus_plus_library():
 
 
 def test_the_interface_to_xla_is_laid_out_as_its_headers_are():
-    """Ours are declared anew in training/xla.h; the compiler compares the two."""
+    """Ours are declared anew in jax/xla.h; the compiler compares the two."""
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no c++ here")

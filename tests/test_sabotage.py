@@ -283,7 +283,7 @@ SABOTAGES = {
         lambda m: test_engine_file.test_every_damaged_byte_is_found(m.sound, m.tmp_path),
     ),
     "P27 whatever is there is read to its end": (
-        "shards:regular", [("if not stat.S_ISREG(status.st_mode):", "if False:"), ("stream.read()", "stream.read(9)")],
+        "reading:regular", [("if not stat.S_ISREG(status.st_mode):", "if False:"), ("stream.read()", "stream.read(9)")],
         lambda m: test_loading.test_what_hangs_or_never_ends_is_refused_at_once(test_loading.endless, m.tmp_path),
     ),
     "P28 a link is written through": (

@@ -167,6 +167,8 @@ def test_what_is_no_document(tmp_path):  # P25
     for wrong in (-1, True):
         with pytest.raises(TextError, match=f"limit = {wrong}: must be at least 0 or None"):
             documents(["a"], limit=wrong)
+    with pytest.raises(TextError, match="takes a path or an iterable of str, got int"):
+        documents(5)
     with pytest.raises(TextError, match=r"limit = 1.5: must be a whole number"):
         documents(["a"], limit=1.5)
     assert list(documents(["a"], limit=0)) == []

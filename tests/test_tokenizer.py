@@ -237,6 +237,9 @@ def test_as_a_value(trained, tmp_path):
     assert Tokenizer.load(tmp_path) == Tokenizer.load(tmp_path / "tokenizer.json") == tk
     raw = json.loads(tk.to_json())
     assert Tokenizer.from_json(json.dumps(dict(reversed(raw.items())))).sha256 == tk.sha256
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(TokenizerError, match=r"pipe.json: it is not a regular file"):
+        Tokenizer.load(tmp_path / "pipe.json")
     with pytest.raises(FileNotFoundError, match="no tokenizer at"):
         Tokenizer.load(tmp_path / "nothing")
     (tmp_path / "bad.json").write_bytes(b'{"a": "\xff"}')

@@ -203,7 +203,8 @@ def cmd_convert(args: argparse.Namespace) -> None:
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     size = sum(file.stat().st_size for file in files if file.is_file())
     figures = {"target": str(path), "parameters": count(model.config), "bytes": size}
-    text = f"{path}: {count(model.config):,} parameters, {mb(size)}"
+    own = ", a folder in this kit's own format" if path.is_dir() and not args.to else ""
+    text = f"{path}{own}: {count(model.config):,} parameters, {mb(size)}"
     if (args.to or format_of(path)) != "onnx":  # what can be read back is, and compared
         back = load(path)
         off = figures["largest_change"] = largest_change(model, back)

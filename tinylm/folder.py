@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from tinylm.config import ConfigError
-from tinylm.shards import UNSEAL, regular, seal_broken
+from tinylm.reading import regular
+from tinylm.shards import UNSEAL, seal_broken
 from tinylm.store import CheckpointDamaged, StateMismatch, named_errors
 from tinylm.tokenizer import Tokenizer
 

@@ -22,11 +22,12 @@ def duration(text: str) -> float:
 
 
 def amount(text: str) -> int:
-    """A whole number: "5000", "300K", "10M", "1.5B"."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmb]?)", text.strip().lower().replace("_", ""))
-    if not match or float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2]] % 1:
+    """A whole number: "5000", "5e3", "300K", "10M", "1.5B"."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d{1,2})?)([kmb]?)", text.strip().lower().replace("_", ""))
+    number = float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2]] if match else 0.5
+    if number % 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number; write for example 5000, 300K or 10M")
-    return round(float(match[1]) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9}[match[2]])
+    return round(number)
 
 
 def escaped(text: str) -> str:

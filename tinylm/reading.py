@@ -15,6 +15,7 @@ import logging
 import operator
 import os
 import re
+import stat
 import threading
 import warnings
 import zlib
@@ -29,6 +30,25 @@ READABLE = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".parquet")
 
 class TextError(ValueError):
     """A text that cannot be read or used; the message names the file, the place in it and the remedy."""
+
+
+LIMIT = 4 * 2**20  # bytes of a json file that describes others
+
+
+def regular(path: str | os.PathLike, limit: int | None = LIMIT, *, follow: bool = True) -> bytes:
+    """The bytes of a regular file of at most `limit`; a pipe is not waited for, a device not read to its end.
+
+    With `follow=False` a link is refused, too: what is written next must stay in its folder. Raises OSError, and
+    ValueError for what is no such file.
+    """
+    more = os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | more)) as stream:
+        status = os.fstat(stream.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is not a regular file")
+        if limit is not None and status.st_size > limit:
+            raise ValueError(f"it has {status.st_size:,} bytes, over the limit of {limit:,}")
+        return stream.read()
 
 
 def documents(
@@ -59,8 +79,8 @@ def documents(
     if separator == "":
         raise TextError("separator = '': give None to keep each file whole")
     check_limit(limit)
-    if isinstance(source, bytes):
-        raise TextError("documents takes a path or an iterable of str, got bytes")
+    if isinstance(source, bytes) or not isinstance(source, (str, os.PathLike, Iterable)):
+        raise TextError(f"documents takes a path or an iterable of str, got {type(source).__name__}")
     if isinstance(source, (str, os.PathLike)):
         found: Iterator[str] = _named(str(source), separator, errors, field)
     else:

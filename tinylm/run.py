@@ -42,7 +42,8 @@ from tinylm.folder import (
     require_unchanged,
     versions,
 )
-from tinylm.shards import regular, sealed
+from tinylm.reading import regular
+from tinylm.shards import sealed
 from tinylm.store import (
     LEFTOVER,
     CheckpointDamaged,

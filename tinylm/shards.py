@@ -13,7 +13,6 @@ import json
 import operator
 import os
 import re
-import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from tinylm.reading import regular
 from tinylm.tokenizer import Tokenizer, blocks
 
 FORMAT = 1
 CHECKED_AT_OPEN = 16 * 2**20  # bytes: smaller splits are hashed whole when opened (about 30 ms)
-LIMIT = 4 * 2**20  # bytes of a json file that describes others
 UNSEAL = 'delete its "seal"'  # what to do about a file that was changed on purpose
 SEAL = "seal"
 FIELDS = {
@@ -45,22 +44,6 @@ FIELDS = {
 
 class DataError(ValueError):
     """Token data that is missing, damaged, too small or not what its sidecar says."""
-
-
-def regular(path: str | os.PathLike, limit: int | None = LIMIT, *, follow: bool = True) -> bytes:
-    """The bytes of a regular file of at most `limit`; a pipe is not waited for, a device not read to its end.
-
-    With `follow=False` a link is refused, too: what is written next must stay in its folder. Raises OSError, and
-    ValueError for what is no such file.
-    """
-    more = os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW)
-    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | more)) as stream:
-        status = os.fstat(stream.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("it is not a regular file")
-        if limit is not None and status.st_size > limit:
-            raise ValueError(f"it has {status.st_size:,} bytes, over the limit of {limit:,}")
-        return stream.read()
 
 
 def sealed(about: Mapping[str, Any]) -> dict[str, Any]:

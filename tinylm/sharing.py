@@ -22,6 +22,7 @@ from tinylm.folder import is_run, naming, read_config, read_tokenizer, versions
 from tinylm.formats import hub
 from tinylm.formats.tables import FormatError
 from tinylm.model import Transformer, shapes
+from tinylm.reading import regular
 from tinylm.run import Run
 from tinylm.store import PathLike, write_bytes
 from tinylm.tokenizer import Tokenizer
@@ -212,7 +213,7 @@ def _data(data: Mapping[str, Any], run: Path) -> list[str]:
 
 def _provenance(run: Path, folder: Any) -> dict[str, Any]:
     try:
-        raw = json.loads((run / folder / "provenance.json").read_bytes())
+        raw = json.loads(regular(run / folder / "provenance.json"))
     except (OSError, ValueError, TypeError, RecursionError):
         return {}
     return raw if isinstance(raw, dict) else {}

@@ -24,6 +24,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import tokenizers
 
+from tinylm.reading import regular
 from tinylm.vocabulary import ALONE, ROLES, SYMBOLS, Checked, TokenizerError, check, marked, parse, require
 
 Kind = Literal["bpe", "wordpiece", "unigram", "byte"]
@@ -174,10 +175,10 @@ class Tokenizer:
         if not file.exists():
             raise FileNotFoundError(f"no tokenizer at {file}")
         try:
-            return cls.from_json(file.read_bytes().decode("utf-8"))
+            return cls.from_json(regular(file, None).decode("utf-8"))
         except UnicodeDecodeError as error:
             raise TokenizerError(f"{file}: not UTF-8 at byte {error.start}") from None
-        except TokenizerError as error:
+        except ValueError as error:
             raise TokenizerError(f"{file}: {error}") from None
 
     def with_roles(self, said: Mapping[str, int | None]) -> Tokenizer:

@@ -11,8 +11,8 @@
 #include <random>
 #include <vector>
 
-#include "../../tinylm/native/gumbel.h"
-#include "../../tinylm/native/kernels.h"
+#include "../../tinylm/native/engine/gumbel.h"
+#include "../../tinylm/native/engine/kernels.h"
 
 using namespace tinylm;
 

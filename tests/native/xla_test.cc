@@ -1,7 +1,7 @@
 // The structures of training/xla.h lie in memory as those of XLA's own headers: compiled, never run.
 #include <cstddef>
 
-#include "../../tinylm/native/training/xla.h"
+#include "../../tinylm/native/jax/xla.h"
 #include "xla/ffi/api/c_api.h"
 
 using namespace tinylm::xla;

@@ -30,6 +30,7 @@ from tinylm.config import suggest
 from tinylm.engine import Engine
 from tinylm.engine.export import export
 from tinylm.model import Transformer
+from tinylm.reading import regular
 from tinylm.store import write_bytes
 
 __all__ = ["COMBINE", "Committee", "EngineCommittee", "combined", "learned_weights"]
@@ -283,7 +284,7 @@ def _read(folder: str | os.PathLike) -> dict[str, Any]:
     if not path.is_file():
         raise SetError(f"{folder} is no committee: there is no {FILE} in it")
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = json.loads(regular(path))
         names, members = said["names"], said["members"]
         plain = all(isinstance(n, str) and Path(n).name == n and n not in ("", ".", "..") for n in members)
         if said["format"] != FORMAT or not plain or not isinstance(names, list):

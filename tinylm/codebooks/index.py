@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from tinylm.codebooks.books import CodebookError, books, read
+from tinylm.reading import regular
 from tinylm.shards import Tokens
 
 FORMAT = "tinylm codebook index 1"
@@ -304,7 +305,7 @@ def _sha256(path: Path) -> str:
 def _said(path: Path) -> dict[str, Any]:
     """index.json, checked as far as opening relies on it."""
     try:
-        said = json.loads(path.read_text(encoding="utf-8"))
+        said = json.loads(regular(path))
         kinds = {"<u2", "<u4", "<i8"}
         good = said["format"] == FORMAT and {"tokens", "starts"} <= said["files"].keys()
         for name, file in said["files"].items():

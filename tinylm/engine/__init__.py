@@ -38,7 +38,7 @@ class Engine:
         path: of the file, from `tinylm.export`.
         threads: 0: one per 2 MB of weights, at most one per core. Results do not depend on it.
         cache: keys and values as "float32" or "int8"; "auto" as the file says.
-        screen: find the next token from half of the head's bytes, where that gives the same one (`native/sampling.cc`).
+        screen: find the next token from half of the head's bytes, where that gives the same one (`sampling.cc`).
         speculate: tokens guessed per pass, at most 7, and 0 for none; guesses change no text.
         kernels: "avx512", "avxvnni", "avx2", "neon" or "scalar"; None: the best for this processor.
         draft: path of a smaller model with the same tokenizer, which guesses where the text itself gives no guess, as

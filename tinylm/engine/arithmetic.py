@@ -211,7 +211,7 @@ def split(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def gumbel(seed: int, stream: int, position: int, count: int) -> np.ndarray:
-    """Gumbel noise of tokens 0 .. count - 1, (count,) float32: a function of the four numbers, see native/gumbel.h.
+    """Gumbel noise of tokens 0 .. count - 1, (count,) float32: a function of the four numbers (`gumbel.h`).
 
     argmax(x + noise) is a sample of softmax(x); `stream` numbers the text in its batch, `position` the token in the
     text.

@@ -41,6 +41,7 @@ from jaxtyping import Float
 from tinylm.memory.clusters import MemoriesError
 from tinylm.memory.documents import generic_nodes, require_nodes
 from tinylm.memory.retrieval import memories, require_resident, shape_of
+from tinylm.reading import regular
 from tinylm.store import CheckpointDamaged, PathLike, StateMismatch, read_file, sync_folder, write_bytes, write_file
 from tinylm.weights import assign, bind, named, pure
 
@@ -65,7 +66,7 @@ def checksums(nodes: Iterable[int], rows: Float[np.ndarray, "nodes width"]) -> n
 def _about(path: Path) -> dict[str, Any]:
     """What bank.json says. Raises FileNotFoundError, StateMismatch for another format, CheckpointDamaged."""
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+        about = json.loads(regular(path))
         if not isinstance(about, dict) or "format" not in about:
             raise ValueError("it names no format")
         if about["format"] != FORMAT:

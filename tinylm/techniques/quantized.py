@@ -169,7 +169,7 @@ class Quantized(Rounding):
         return y if self.bias is None else y + self.bias[...].astype(x.dtype)
 
     def _is_integer(self) -> bool:
-        """Whether inputs and weights are int8 with a scale per row and per output, so that their product can be exact."""
+        """Whether inputs and weights are int8 with a scale per row and per output, for an exact product."""
         plain = not (self.by_table or self.affine) and grouped(self.per, self.shape[0]) == 0
         return plain and self.inputs == "int8" and self.low >= -128 and self.high <= 127
 

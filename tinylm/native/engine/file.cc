@@ -7,7 +7,7 @@
 #include <cstdio>
 #include <cstring>
 
-#include "tinylm.h"
+#include "../tinylm.h"
 
 #ifdef _WIN32
 #define WIN32_LEAN_AND_MEAN

@@ -5,7 +5,7 @@
 #include <numeric>
 #include <utility>
 
-#include "tinylm.h"
+#include "../tinylm.h"
 
 namespace tinylm {
 namespace {

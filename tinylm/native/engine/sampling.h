@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "engine.h"
-#include "tinylm.h"
+#include "../tinylm.h"
 
 namespace tinylm {
 

@@ -6,7 +6,7 @@
 #include "draft.h"
 #include "engine.h"
 #include "sampling.h"
-#include "tinylm.h"
+#include "../tinylm.h"
 
 namespace tinylm {
 

@@ -7,7 +7,7 @@
 #include <cstring>
 #include <initializer_list>
 
-#include "tinylm.h"
+#include "../tinylm.h"
 
 namespace tinylm {
 namespace {

@@ -7,7 +7,7 @@
 
 #include "file.h"
 #include "gumbel.h"
-#include "tinylm.h"
+#include "../tinylm.h"
 
 namespace tinylm {
 namespace {

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "tinylm.h"
+#include "../tinylm.h"
 
 namespace tinylm {
 namespace {

@@ -9,8 +9,8 @@
 #include <thread>
 #include <vector>
 
-#include "../kernels.h"
-#include "kernels.h"
+#include "../engine/kernels.h"
+#include "../training/kernels.h"
 #include "xla.h"
 
 namespace tinylm::training {
