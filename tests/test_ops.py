@@ -61,7 +61,15 @@ def is_native(f, *arrays):
 @pytest.mark.parametrize("dtype", PRECISION)
 @pytest.mark.parametrize(
     ("rows", "inputs", "outputs"),
-    [(1, 1, [1]), (37, 65, [1, 17, 33]), (100, 7, [50]), (130, 512, [96, 40]), (300, 48, [200]), (0, 5, [3])],
+    [
+        (1, 1, [1]),
+        (37, 65, [1, 17, 33]),
+        (100, 7, [50]),
+        (130, 512, [96, 40]),
+        (300, 48, [200]),
+        (0, 5, [3]),
+        (1101, 40, [70, 5]),
+    ],
 )
 @pytest.mark.parametrize("stored", PRECISION)
 def test_linear_in_float64(rows, inputs, outputs, dtype, stored):

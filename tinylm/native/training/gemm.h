@@ -347,11 +347,29 @@ void multiply(const Rows<Arithmetic>& a, const float* b, long depth, long rows, 
     multiply<Arithmetic>(&a, &b, &depth, 1, rows, columns, 0, panels(columns), to);
 }
 
+// The same for one product and a stretch of its summed dimension, `steps` from `from_step` on; B is packed whole, `depth`
+// steps of it, and C is added to.
+template <class Arithmetic>
+void multiply_stretch(const Rows<Arithmetic>& a, const float* b, long depth, long from_step, long rows, long columns,
+                      long first_panel, long last_panel, const Place& to) {
+    for (long p = first_panel; p < last_panel; p++) {
+        const long width = panel_width(columns, p);
+        for (long r = 0; r < rows; r += TILE_ROWS) {
+            const Span span = a.span(r / TILE_ROWS, b + p * PANEL * depth + from_step * width);
+            tile_for<Arithmetic>(min(TILE_ROWS, rows - r), width)(&span, 1, moved(to, r, p * PANEL),
+                                                                  panel_columns(columns, p));
+        }
+    }
+}
+
 // --- the whole product -----------------------------------------------------------------------------------------------
 
 constexpr long BLOCK_FLOATS = 1 << 16;  // of A: 256 KB, which with a panel of B fit a core's own cache
 constexpr long MOST_ROWS = 8 * TILE_ROWS;
 constexpr long FEWEST_TASKS = 16;
+// Long sums (a gradient sums over all tokens) are taken in stretches, so that a panel of B stays in a core's cache from
+// one tile of rows to the next.
+constexpr long STRETCH_STEPS = 256, STRETCH_ROWS = 4 * TILE_ROWS;
 
 template <class Arithmetic>
 void product(const Product& x, Pool& pool) {
@@ -384,11 +402,31 @@ void product(const Product& x, Pool& pool) {
         }
     });
 
+    bool stretched = x.parts == 1 && depth >= 2 * STRETCH_STEPS;
+    for (int o = 0; o < x.outs; o++) stretched = stretched && !x.out[o].half;
     const long tiles = clamp(BLOCK_FLOATS / max(1, depth) / TILE_ROWS, 1, MOST_ROWS / TILE_ROWS);
-    const long block = tiles * TILE_ROWS, blocks = (x.rows + block - 1) / block;
+    const long block = stretched ? STRETCH_ROWS : tiles * TILE_ROWS, blocks = (x.rows + block - 1) / block;
     const long cuts = clamp((FEWEST_TASKS + blocks - 1) / blocks, 1, all_panels);
     pool.each(blocks * cuts, [&](long task) {
         const long from = task / cuts * block, rows = min(block, x.rows - from), cut = task % cuts;
+        const long begin = all_panels * cut / cuts, end = all_panels * (cut + 1) / cuts;
+        if (stretched) {
+            const long values = STRETCH_STEPS * Arithmetic::DEPTH, last = (x.depth[0] - 1) % values + 1;
+            const auto room = [&](long depth) { return Rows<Arithmetic>::packed_size(x.a[0], rows, depth); };
+            Scratch memory(max(room(values), room(last)) * sizeof(float));
+            for (long step = 0, at = 0; step < depth; step += STRETCH_STEPS, at += values) {
+                Matrix part = x.a[0];
+                part.data = static_cast<const char*>(part.data) + at * part.column * (part.half ? 2 : 4);
+                const Rows<Arithmetic> a(part, from, rows, min(values, x.depth[0] - at), memory.as<float>());
+                for (int o = out_of(begin); o < x.outs && first_panel[o] < end; o++) {
+                    const Place to = {x.out[o].c, x.out[o].row, false, step > 0};
+                    multiply_stretch<Arithmetic>(a, packed + offsets[o][0], depth, step, rows, x.out[o].columns,
+                                                 max(0, begin - first_panel[o]),
+                                                 min(end, first_panel[o + 1]) - first_panel[o], moved(to, from, 0));
+                }
+            }
+            return;
+        }
         long needed = 0, start[MOST_PARTS];
         for (int i = 0; i < x.parts; i++) {
             start[i] = needed;
@@ -399,7 +437,6 @@ void product(const Product& x, Pool& pool) {
         auto* a = reinterpret_cast<Rows<Arithmetic>*>(held.room);
         for (int i = 0; i < x.parts; i++)
             a[i] = Rows<Arithmetic>(x.a[i], from, rows, x.depth[i], memory.as<float>() + start[i]);
-        const long begin = all_panels * cut / cuts, end = all_panels * (cut + 1) / cuts;
         for (int o = out_of(begin); o < x.outs && first_panel[o] < end; o++) {
             const float* b[MOST_PARTS];
             for (int i = 0; i < x.parts; i++) b[i] = packed + offsets[o][i];
