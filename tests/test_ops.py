@@ -29,6 +29,7 @@ PRECISION = {"float32": 1e-5, "bfloat16": 1e-2}  # of the largest value; a bfloa
 @pytest.fixture(autouse=True)
 def however_small(monkeypatch):
     monkeypatch.setattr(ops, "WORTHWHILE", 0)
+    monkeypatch.setattr(ops, "FEWEST", 0)
 
 
 def drawn(shape, dtype="float32", seed=0, scale=1.0):
@@ -445,6 +446,9 @@ def test_other_types_and_small_arrays_stay_plain(monkeypatch):
     assert not native(drawn((30, 16)), drawn((16, 16)))
     monkeypatch.setattr(ops, "WORTHWHILE", 30 * 16 * 16)
     assert native(drawn((30, 16)), drawn((16, 16)))
+    monkeypatch.setattr(ops, "FEWEST", 31)
+    assert not native(drawn((30, 16)), drawn((16, 16)))
+    monkeypatch.setattr(ops, "FEWEST", 30)
     monkeypatch.setenv("TINYLM_PLAIN", "1")
     assert not native(drawn((30, 16)), drawn((16, 16)))
 

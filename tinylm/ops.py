@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int, Int8
 from tinylm import native as extension
 
 WORTHWHILE = 2**20  # multiplications: below it a call costs more than it saves
+FEWEST = 32  # rows of a product: for fewer, packing the weights costs more than it saves
 
 _plainly = jax.make_user_context(default_value=False)  # part of the key of every compiled function
 
@@ -115,7 +116,8 @@ def linear(
 ) -> tuple[Float[Array, "*batch outputs"], ...]:
     """`x @ w` for every weight matrix, in x's precision; several matrices of one input share its packing."""
     rows = x.size // x.shape[-1]
-    if not native(x, *weights) or rows * min(w.size for w in weights) < WORTHWHILE or not 1 <= len(weights) <= 4:
+    small = rows < FEWEST or rows * min(w.size for w in weights) < WORTHWHILE
+    if small or not native(x, *weights) or not 1 <= len(weights) <= 4:
         return tuple(x @ w.astype(x.dtype) for w in weights)
     y = _linear(x.reshape(rows, x.shape[-1]), weights)
     return tuple(part.reshape(*x.shape[:-1], part.shape[-1]) for part in y)
