@@ -195,6 +195,7 @@ def environment(threads: int) -> dict[str, str]:
         "NPROC": count,
         "OMP_NUM_THREADS": count,
         "PYTHONPATH": str(HERE),
+        "PYTHONSAFEPATH": "1",  # not the sources in this folder, but what is installed
         "TF_CPP_MIN_LOG_LEVEL": "3",
     }
 
@@ -409,7 +410,7 @@ def start(args) -> None:
     """Wall time of a whole process that makes one token, its files in the page cache."""
     for size in args.sizes:
         files, task = Files(size, args.folder), {"task": "decode", "tokens": 1, "threads": 1}
-        commands = {"bare Python": [sys.executable, "-c", "pass"]}
+        commands = {"bare Python": [args.python, "-c", "pass"]}
         sizes = {"bare Python": 0}
         for peer in present([Peer(OURS, "int8", "int8.tlm"), *PEERS["int8"], *PEERS["float32"][:3]]):
             name = f"{peer.engine} {peer.weights}"
@@ -428,7 +429,7 @@ def start(args) -> None:
                 if peer.engine == OURS:
                     code = f"from tinylm.engine import Engine; e = Engine({spec['path']!r}, threads=1); "
                     code += "[*e.ids([1], tokens=1, temperature=0)]"
-                commands[name] = [sys.executable, "-c", code]
+                commands[name] = [args.python if peer.engine == OURS else sys.executable, "-c", code]
         seconds, memory = {name: [] for name in commands}, {}
         for _ in range(2 + 4 * args.rounds):  # two to warm up
             for name, line in commands.items():
@@ -528,6 +529,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.5, help="of each engine in each round")
     parser.add_argument("--tokens", type=int, default=0, help="of a text; 0: 256, or fewer for large models")
     parser.add_argument("--rows", type=int, default=0, help="texts side by side: 64 of batch, 32 of bert")
+    parser.add_argument("--python", default=sys.executable, help="of start: an environment with tinylm from a wheel")
     parser.add_argument("--blocks", nargs="+", type=int, default=[2, 4, 32], help="rows that bert does at a time")
     parser.add_argument("--logits", nargs="+", default=["last", "all"], choices=["last", "all"], help="of prefill")
     parser.add_argument("--folder", type=Path, help="of the models' files, kept")

@@ -7,6 +7,9 @@
 #include "gumbel.h"
 
 namespace tinylm {
+namespace {
+constexpr int MOST_SCREENED = 8;  // rows: for more the whole head, which is read once for all of them, takes less time
+}
 
 int64_t window(int64_t length, int context) {
     const int64_t half = std::max(1, context / 2);
@@ -199,8 +202,8 @@ int Generation::ask(Text& text, int drafted, int count) {
 // The model's choice after each of the pass's rows. A choice behind a wrong draft is made all the same and dropped.
 void Generation::choose() {
     const int rows = static_cast<int>(rows_.size());
-    bool screened = unscreened_ == 0;
-    if (!screened) unscreened_--;
+    bool screened = unscreened_ == 0 && rows <= MOST_SCREENED;
+    if (unscreened_) unscreened_--;
     for (const int text : row_texts_) screened = screened && Sampler::can_screen(model_, texts_[text].settings);
     if (screened)
         session.screen(rows_.data(), rows);
