@@ -1,8 +1,8 @@
 """Texts sampled from an exported model, to train a smaller one on (never to validate). Run again: it goes on.
 
     tinylm export stories15M.bin stories15M.tlm
-    python data_scripts/sampled_stories.py stories15M.tlm --megabytes 20 --out sampled.txt
-    tinylm train --text real.txt --text sampled.txt --valid real_valid.txt ...
+    python data_scripts/sampled_stories.py stories15M.tlm --megabytes 20 --out texts/sampled.txt
+    tinylm train --text texts --valid real_valid.txt --out run       (real texts lie in texts/ too)
 
 Only texts that the model ended within its context are kept, so long ones are missing; at temperature 1 the rest is what
 the model believes, at lower ones it repeats itself. sampled.txt.json says what was sampled from which file.

@@ -212,7 +212,7 @@ ITERATIONS = 5
 def orthogonalize(x: Float[Array, "n rows cols"]) -> Float[Array, "n rows cols"]:
     """Every singular value of every matrix pushed towards 1 by five quintic Newton-Schulz steps (Jordan et al. 2024).
 
-    As there, factors of products are rounded to bfloat16: the result is rough by design, and the step twice as fast.
+    As there, factors of products are rounded to bfloat16: the result is rough by design.
     Their sums, and everything between the products, are float32.
     """
     tall = x.shape[1] > x.shape[2]
